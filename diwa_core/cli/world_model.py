@@ -1,0 +1,102 @@
+"""`diwa world-model`: train one on play, or measure one on held-out play."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from diwa_core import __version__
+from diwa_core.config import from_dict, load_yaml, to_dict
+from diwa_core.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sub-commands train and report."""
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train on play stores; a killed run goes on where it stopped")
+    train.add_argument("--play", nargs="+", required=True, help="play stores")
+    train.add_argument("--size", default="small", help="small, paper or lowdim")
+    train.add_argument("--run-dir", required=True, help="run folder (state, metrics, TensorBoard)")
+    train.add_argument("--out", help="checkpoint to write (default: RUN_DIR/checkpoint)")
+    train.add_argument("--config", help="YAML with 'model' and 'training' mappings that override the size's defaults")
+    train.add_argument("--steps", type=int)
+    train.add_argument("--seed", type=int)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--threads", type=int, default=1)
+    report = commands.add_parser("report", help="open-loop errors, replay test and pictures on held-out play")
+    report.add_argument("--checkpoint", required=True)
+    report.add_argument("--play", nargs="+", required=True, help="play stores the model was trained on (for the probe)")
+    report.add_argument("--validation", nargs="+", required=True, help="held-out play stores")
+    report.add_argument("--rollouts", nargs="*", default=[], help="recorded evaluation episodes for the replay test")
+    report.add_argument("--out", required=True, help="folder for report.json and pictures")
+    report.add_argument("--windows", type=int, default=2000)
+    report.add_argument("--seed", type=int, default=0)
+    report.add_argument("--device", default="cpu")
+    report.add_argument("--threads", type=int, default=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return {"train": train, "report": report}[args.command](args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train and write a checkpoint."""
+    from diwa_core.cli.progress import stage_progress
+    from diwa_core.data.store import PlayStore
+    from diwa_core.world_model.filter import save_world_model
+    from diwa_core.world_model.model import SIZES, WorldModel
+    from diwa_core.world_model.train import PAPER_TRAINING, PlayData, TrainConfig, Trainer
+
+    if args.size not in SIZES:
+        raise ConfigError(f"--size: expected one of {', '.join(SIZES)}, found '{args.size}'.")
+    overrides = load_overrides(args.config)
+    model_config = from_dict(type(SIZES["small"]), to_dict(SIZES[args.size]) | overrides.get("model", {}), "model")
+    training = PAPER_TRAINING if args.size == "paper" else TrainConfig()
+    training = from_dict(TrainConfig, to_dict(training) | overrides.get("training", {}), "training")
+    chosen = {key: value for key, value in (("steps", args.steps), ("seed", args.seed)) if value is not None}
+    training = replace(training, **chosen)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(training.seed)
+    stores = [PlayStore.open(path) for path in args.play]
+    data = PlayData(stores, model_config)
+    model = WorldModel(model_config).to(args.device)
+    logging.getLogger(__name__).info("%s\n%d frames of play", model, len(data.low))
+    trainer = Trainer(model, data, training, args.run_dir)
+    with stage_progress() as progress:
+        metrics = trainer.run(progress)
+    lineage = {
+        "play": [store.content_hash for store in stores],
+        "training": to_dict(training),
+        "code_version": __version__,
+        "frames": len(data.low),
+        "seconds": round(trainer.seconds),
+        "device": args.device,
+    }
+    path = args.out or str(Path(args.run_dir) / "checkpoint")
+    identity = save_world_model(path, model, stores[0].contract, lineage, {"last_metrics": metrics}, half=True)
+    logging.getLogger(__name__).info("wrote %s, identity %s", path, identity[:16])
+    return 0
+
+
+def load_overrides(path: str | None) -> dict:
+    """The mappings 'model' and 'training' of a YAML file; {} without a file."""
+    if path is None:
+        return {}
+    from diwa_core.world_model.train import Overrides
+
+    return to_dict(load_yaml(Overrides, path))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Measure a checkpoint; print the table, write report.json and pictures."""
+    from diwa_core.world_model.report import write_report
+
+    torch.set_num_threads(args.threads)
+    print(write_report(args.checkpoint, args.play, args.validation, args.rollouts, args.out, args.windows, args.seed, args.device))
+    return 0

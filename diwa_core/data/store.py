@@ -1,0 +1,189 @@
+"""PlayStore: recorded frames and episodes as a Zarr v3 group; arrays are time-major and chunked by time.
+
+Fields, N frames: rgb_static, rgb_gripper uint8 [N, 64, 64, 3]; robot_obs [N, 15], target_pose [N, 6], actions [N, 7] float32, where
+actions[t] is executed from frame t to t + 1; scene_obs [N, 24] float32 (simulation only); skill int8 [N], which of SKILLS was
+attempted (-1: none). `episode_ends` int64 [E]: exclusive ends of the episodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+
+from diwa_core.config import to_dict
+from diwa_core.contract import ACTION_SIZE, IMAGE_SIZE, ROBOT_OBS_SIZE, TARGET_POSE_SIZE, Contract
+from diwa_core.errors import ContractError, DataError, DiwaError
+
+FORMAT, FORMAT_VERSION = "diwa_play", 1
+CHUNK_FRAMES = 256
+SCENE_OBS_SIZE = 24
+
+
+@dataclass(frozen=True)
+class Field:
+    """Shape of one frame and element type of a stored array; `optional` fields may be absent from a store."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    optional: bool = False
+
+
+FIELDS = {
+    "rgb_static": Field((IMAGE_SIZE, IMAGE_SIZE, 3), "uint8"),
+    "rgb_gripper": Field((IMAGE_SIZE, IMAGE_SIZE, 3), "uint8"),
+    "robot_obs": Field((ROBOT_OBS_SIZE,), "float32"),
+    "target_pose": Field((TARGET_POSE_SIZE,), "float32"),
+    "actions": Field((ACTION_SIZE,), "float32"),
+    "scene_obs": Field((SCENE_OBS_SIZE,), "float32", optional=True),
+    "skill": Field((), "int8", optional=True),
+}
+
+
+@dataclass
+class PlayStore:
+    """An open store. Make one with `create` or `open`; `append_episode` writes, `load` and `episodes` read."""
+
+    path: Path
+    group: zarr.Group
+    contract: Contract
+    fields: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def create(path: str | Path, contract: Contract, settings: dict | None = None, fields: tuple[str, ...] = tuple(FIELDS)) -> PlayStore:
+        """Make an empty store; `settings` (plain JSON: seed, generator) travel with it. Raises DataError if `path` is taken."""
+        path = Path(path)
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise DataError(f"{path}: expected a free path for a new play store, found something there. Choose another or remove it.")
+        missing = [name for name, kind in FIELDS.items() if not kind.optional and name not in fields]
+        unknown = [name for name in fields if name not in FIELDS]
+        if missing or unknown:
+            raise DataError(f"{path}: a play store needs {missing or 'nothing more'} and does not know {unknown or 'nothing else'}.")
+        group = zarr.open_group(path, mode="w", zarr_format=3)
+        header = {"format": FORMAT, "version": FORMAT_VERSION, "contract": contract.to_dict(), "settings": settings or {}}
+        group.attrs.update(header)
+        for name in fields:
+            kind = FIELDS[name]
+            group.create_array(
+                name,
+                shape=(0, *kind.shape),
+                chunks=(CHUNK_FRAMES, *kind.shape),
+                dtype=kind.dtype,
+                compressors=BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if kind.dtype == "uint8" else "shuffle"),
+            )
+        group.create_array("episode_ends", shape=(0,), chunks=(4096,), dtype="int64")
+        return PlayStore(path, group, contract, tuple(fields), settings or {})
+
+    @staticmethod
+    def open(path: str | Path) -> PlayStore:
+        """Open a store for reading and appending; raises DataError if it is missing, foreign, of another version or broken."""
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: expected a play store (Zarr group), found nothing. Make one with `python -m diwa_core.sim.play`.")
+        try:
+            group = zarr.open_group(path, mode="r+")
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}: expected a Zarr group, found {type(error).__name__}: {error}.") from error
+        found = (group.attrs.get("format"), group.attrs.get("version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise DataError(f"{path}: expected format {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}.")
+        try:
+            contract = Contract.from_dict(group.attrs["contract"])
+        except (KeyError, DiwaError) as error:
+            raise DataError(f"{path}: the store's contract cannot be read: {error}") from error
+        store = PlayStore(path, group, contract, tuple(name for name in FIELDS if name in group), dict(group.attrs.get("settings", {})))
+        store._check()
+        return store
+
+    def _check(self) -> None:
+        """Raise DataError unless all fields are there with the right shapes and equal lengths."""
+        for name, kind in FIELDS.items():
+            if name not in self.fields:
+                if not kind.optional:
+                    raise DataError(f"{self.path}: expected field '{name}', found only {list(self.fields)}. The store is broken.")
+                continue
+            array = self.group[name]
+            if array.shape[1:] != kind.shape or str(array.dtype) != kind.dtype:
+                raise DataError(f"{self.path}: field '{name}': expected {kind.dtype} {kind.shape}, found {array.dtype} {array.shape[1:]}.")
+            if array.shape[0] < len(self):
+                raise DataError(f"{self.path}: field '{name}': expected {len(self)} frames, found {array.shape[0]}. The store is broken.")
+            if array.nchunks_initialized < -(-len(self) // CHUNK_FRAMES):
+                found = f"{array.nchunks_initialized} chunks"
+                raise DataError(f"{self.path}: field '{name}': expected {array.nchunks} chunks, found {found}. The store is broken.")
+
+    def __len__(self) -> int:
+        """Frames in complete episodes."""
+        return self.episodes[-1][1] if self.episodes else 0
+
+    @property
+    def episodes(self) -> list[tuple[int, int]]:
+        """Start and exclusive end frame of every episode."""
+        if "episode_ends" not in self.group:
+            raise DataError(f"{self.path}: expected the array 'episode_ends', found none. The store is broken.")
+        ends = [int(end) for end in self.group["episode_ends"][:]]
+        return list(zip([0, *ends][: len(ends)], ends, strict=True))
+
+    def append_episode(self, episode: dict[str, np.ndarray]) -> None:
+        """Append one episode: every field of the store as an array [T, ...].
+
+        Raises ContractError on a missing field, a wrong shape, unequal lengths or values that are not finite.
+        """
+        arrays = self._validate(episode)
+        start = len(self)
+        end = start + len(arrays["actions"])
+        with zarr.config.set({"array.write_empty_chunks": True}):  # so that a chunk that is not there is always an error
+            for name, values in arrays.items():
+                array = self.group[name]
+                array.resize((end, *array.shape[1:]))
+                array[start:end] = values
+        ends = self.group["episode_ends"]  # written last: an episode cut off by a crash does not count
+        ends.resize((ends.shape[0] + 1,))
+        ends[-1] = end
+
+    def _validate(self, episode: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if set(episode) != set(self.fields):
+            raise ContractError(f"episode: expected fields {sorted(self.fields)}, found {sorted(episode)}.")
+        length = len(episode["actions"])
+        arrays = {}
+        for name, values in episode.items():
+            kind, values = FIELDS[name], np.asarray(values)
+            if values.shape != (length, *kind.shape) or length == 0:
+                raise ContractError(f"episode field '{name}': expected shape {(length, *kind.shape)} with frames, found {values.shape}.")
+            if kind.dtype == "uint8" and values.dtype != np.uint8:
+                raise ContractError(f"episode field '{name}': expected uint8, found {values.dtype}.")
+            if not np.isfinite(values).all():
+                raise ContractError(f"episode field '{name}': expected finite values, found some that are not.")
+            arrays[name] = values.astype(kind.dtype)
+        return arrays
+
+    def load(self, fields: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+        """Read whole fields (None: all) into memory as numpy arrays [N, ...]; raises DataError on an unknown field."""
+        names = self.fields if fields is None else tuple(fields)
+        unknown = [name for name in names if name not in self.fields]
+        if unknown:
+            raise DataError(f"{self.path}: expected fields among {list(self.fields)}, found {unknown}.")
+        return {name: self.read(name, 0, len(self)) for name in names}
+
+    def read(self, name: str, start: int, end: int) -> np.ndarray:
+        """Frames [start, end) of one field; raises DataError if they cannot be decoded."""
+        try:
+            return np.asarray(self.group[name][start:end])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{self.path}: field '{name}' frames {start}..{end} cannot be read: {error}. The store is broken.") from error
+
+    @property
+    def content_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 over contract, episodes and every field's bytes (not the compression)."""
+        digest = hashlib.sha256(json.dumps([to_dict(self.contract), self.episodes], sort_keys=True).encode())
+        for name in self.fields:
+            digest.update(name.encode())
+            for start in range(0, len(self), CHUNK_FRAMES):
+                digest.update(np.ascontiguousarray(self.read(name, start, min(start + CHUNK_FRAMES, len(self)))).tobytes())
+        return digest.hexdigest()[:16]

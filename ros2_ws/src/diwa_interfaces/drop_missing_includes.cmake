@@ -1,0 +1,20 @@
+# Passed as CMAKE_PROJECT_INCLUDE. The ROS wheels' exported targets name include directories of the container they were built in,
+# and CMake refuses imported targets with directories that do not exist. Dropping them mends that; on /opt/ros this does nothing.
+function(diwa_drop_missing_includes)
+  get_property(targets DIRECTORY PROPERTY IMPORTED_TARGETS)
+  foreach(target IN LISTS targets)
+    get_target_property(directories ${target} INTERFACE_INCLUDE_DIRECTORIES)
+    if(NOT directories)
+      continue()
+    endif()
+    set(kept "")
+    foreach(directory IN LISTS directories)
+      if(NOT IS_ABSOLUTE "${directory}" OR EXISTS "${directory}")
+        list(APPEND kept "${directory}")
+      endif()
+    endforeach()
+    set_target_properties(${target} PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${kept}")
+  endforeach()
+endfunction()
+
+cmake_language(DEFER CALL diwa_drop_missing_includes)

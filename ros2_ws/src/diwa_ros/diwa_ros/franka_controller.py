@@ -1,0 +1,226 @@
+"""The only node that talks to a robot: action chunks in, checked commands out, and a record of what was really executed."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction
+from std_srvs.srv import Trigger
+
+from diwa_core.errors import GateError
+from diwa_ros.backends import BACKENDS, Tick
+from diwa_ros.contracts import CONTRACT, MODE, read_contract
+from diwa_ros.diagnostics import ERROR, OK, WARN
+from diwa_ros.gate import Chunk, ChunkGate, Command, DroppedChunk, State, Watchdog
+from diwa_ros.messages import LATCHED, from_floats, reliable, to_ns, to_time
+from diwa_ros.node import DiwaNode, run_node
+from diwa_ros.parameters import Parameter
+
+WATCH_S = 0.02  # period of the watchdog
+MEMORY_TICKS = 8  # commands remembered until the robot says what it executed
+
+
+class FrankaController(DiwaNode):
+    """Sends one checked command per tick while a stream of chunks lasts; silence, stops and faults send nothing and the arm holds."""
+
+    NAME = "franka_controller"
+    PARAMETERS = (
+        CONTRACT,
+        MODE,
+        Parameter("backend", "calvin", "Robot: the simulated one behind calvin_bridge, or none.", choices=tuple(BACKENDS)),
+        Parameter("start_enabled", True, "Accept chunks without a call of controller/enable."),
+        Parameter("hold_after_s", 0.3, "Real time: silence of the policy after which the arm holds.", 0.05, 2.0),
+        Parameter("stop_after_s", 1.0, "Real time: silence after which only controller/resume goes on.", 0.1, 10.0),
+        Parameter("max_chunk_age_s", 0.5, "Chunks of an older observation are dropped.", 0.05, 5.0),
+        Parameter("robot_timeout_s", 1.0, "Real time: a robot silent for this long is disconnected.", 0.1, 60.0),
+    )
+
+    def configure(self) -> None:
+        """Connect topics and services to the backend. Raises ConfigError."""
+        contract = read_contract(self.parameters["contract"])
+        self.lockstep = self.parameters["mode"] == "lockstep"
+        self.step_ns = round(1e9 / contract.rate_hz)
+        self.gate = ChunkGate(contract.identity, self.step_ns, self.parameters["max_chunk_age_s"])
+        self.watchdog = Watchdog(self.parameters["hold_after_s"], self.parameters["stop_after_s"], self.lockstep)
+        self.enabled = self.parameters["start_enabled"]
+        self.tick_ns, self.tick_answered, self.tick_s = -1, True, time.monotonic()
+        self.sent: dict[int, Command] = {}
+        self.commands, self.holds, self.command_age_ms = 0, 0, 0.0
+        self.last_status: tuple | None = None
+        self.executed_publisher = self.advertise(ExecutedAction, "executed_action", reliable(10))
+        self.status_publisher = self.advertise(ControllerStatus, "controller/status", LATCHED)
+        self.listen(ActionChunk, "action_chunk", self.take_chunk, reliable(5))
+        self.backend = BACKENDS[self.parameters["backend"]](self, contract, self.take_tick)
+        for name, action in (("enable", self.enable), ("stop", self.stop_arm), ("resume", self.resume)):
+            self.serve(Trigger, f"controller/{name}", action)
+        self.repeat(WATCH_S, self.watch)
+        self.repeat(1.0, self.publish_status)
+
+    def activate(self) -> None:
+        """Wait for the robot."""
+        self.publish_status()
+
+    def deactivate(self) -> None:
+        """Hold: the last message sent is the safe one."""
+        self.gate.clear()
+        if self.watchdog.may_command and not self.tick_answered:
+            hold = np.array([0, 0, 0, 0, 0, 0, self.last_gripper], np.float32)
+            self.backend.send(self.tick_ns, Command(hold, True, 0, "", 0))
+        self.watchdog.disconnect("the node was deactivated")
+        self.publish_status()
+
+    # -- the robot ---------------------------------------------------------------------------------------------------------------------
+
+    def take_tick(self, tick: Tick) -> None:
+        """The robot is at a new tick: record what it executed, then answer."""
+        self.tick_s = time.monotonic()
+        if tick.stamp_ns == self.tick_ns:
+            self.repeat_answer(tick)
+            return
+        if tick.first_of_episode and tick.stamp_ns > 0:
+            self.gate.clear()
+            self.watchdog.hear(self.tick_s, ends=True)
+        self.publish_executed(tick)
+        self.watchdog.connect()
+        self.tick_ns, self.tick_answered, self.last_gripper = tick.stamp_ns, False, float(tick.executed[6])
+        self.answer()
+
+    def repeat_answer(self, tick: Tick) -> None:
+        """Lock-step: answer a copy of the tick with copies, for a node that had not yet found this one the first time."""
+        if not self.lockstep:
+            return
+        self.publish_executed(tick)
+        if self.tick_answered and self.watchdog.may_command:
+            self.backend.send(self.tick_ns, self.sent[self.tick_ns])
+
+    def answer(self) -> None:
+        """Send the command for the present tick as soon as an accepted chunk covers it."""
+        if self.tick_answered or not self.watchdog.may_command:
+            return
+        command = self.gate.command_at(self.tick_ns)
+        if command is None:
+            return
+        self.backend.send(self.tick_ns, command)
+        self.tick_answered = True
+        self.sent[self.tick_ns] = command
+        while len(self.sent) > MEMORY_TICKS:
+            del self.sent[next(iter(self.sent))]
+        self.commands += 1
+        self.holds += command.hold
+        self.command_age_ms = (time.monotonic() - self.tick_s) * 1e3
+
+    def publish_executed(self, tick: Tick) -> None:
+        """Relay what was applied over the step that ended at `tick`, and where it came from."""
+        start_ns = tick.stamp_ns - self.step_ns
+        message = ExecutedAction(action=tick.executed)
+        message.header.stamp = to_time(start_ns)
+        command = next((c for stamp, c in self.sent.items() if abs(stamp - start_ns) <= self.step_ns // 4), None)
+        if command is not None and not tick.executed_is_hold and not tick.first_of_episode:
+            message.source = ExecutedAction.SOURCE_POLICY
+            message.observation_stamp = to_time(command.observation_stamp_ns)
+            message.checkpoint_id, message.clamps = command.checkpoint_id, command.clamps
+        self.executed_publisher.publish(message)
+
+    # -- the policy --------------------------------------------------------------------------------------------------------------------
+
+    def take_chunk(self, message: ActionChunk) -> None:
+        """Check a chunk and splice it in; a refused one leaves the plan as it was."""
+        if not (self.enabled and self.watchdog.accepts_chunks):
+            return
+        chunk = read_chunk(message)
+        try:
+            self.gate.accept(chunk, self.tick_ns)
+        except DroppedChunk as error:
+            if not (chunk.hold and error.reason == "stale"):  # warm-up begins on a frame that may be past already
+                self.diagnostics.report("action_chunk", WARN if error.reason == "stale" else ERROR, f"dropped: {error.reason}", last=error)
+            return
+        self.diagnostics.report("action_chunk", OK, "accepted")
+        self.watchdog.hear(time.monotonic(), ends=len(chunk.actions) == 0)
+        self.answer()
+        self.publish_change()
+
+    def watch(self) -> None:
+        """Rules of silence, of the policy and of the robot."""
+        now_s = time.monotonic()
+        silent_s = now_s - self.tick_s
+        if self.lockstep:
+            waits = self.watchdog.may_command and not self.tick_answered and silent_s > self.watchdog.stop_after_s
+            self.diagnostics.report("lockstep", WARN if waits else OK, "waiting for a chunk that covers the tick" if waits else "running")
+        elif silent_s > self.parameters["robot_timeout_s"] and self.watchdog.state not in (State.DISCONNECTED, State.CONNECTING):
+            self.gate.clear()
+            self.watchdog.disconnect("the robot is silent")
+        self.watchdog.check(now_s)
+        if self.watchdog.state == State.FAULT:
+            self.gate.clear()
+        self.publish_change()
+
+    # -- services and status -----------------------------------------------------------------------------------------------------------
+
+    def enable(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Service controller/enable: accept chunks from now on."""
+        self.enabled = True
+        return self.reply(response, "enabled")
+
+    def stop_arm(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Service controller/stop: hold now, until controller/resume."""
+        self.gate.clear()
+        self.watchdog.stop()
+        return self.reply(response, "stopped")
+
+    def resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Service controller/resume: leave FAULT or USER_STOPPED."""
+        try:
+            self.watchdog.resume()
+        except GateError as error:
+            response.message = str(error)
+            return response
+        self.gate.clear()
+        return self.reply(response, "resumed")
+
+    def reply(self, response: Trigger.Response, message: str) -> Trigger.Response:
+        """Publish the new state and say yes."""
+        self.publish_change()
+        response.success, response.message = True, message
+        return response
+
+    def publish_change(self) -> None:
+        """Publish the status, and a diagnostic, when the state has changed."""
+        status = (self.watchdog.state, self.watchdog.reason)
+        if status == self.last_status:
+            return
+        self.last_status = status
+        level = {State.HOLD: WARN, State.USER_STOPPED: WARN, State.DISCONNECTED: ERROR, State.FAULT: ERROR}.get(status[0], OK)
+        self.diagnostics.report("state", level, f"{status[0].name}: {status[1]}")
+        self.publish_status()
+
+    def publish_status(self) -> None:
+        """State and counters."""
+        drops = self.gate.drops
+        status = ControllerStatus(state=int(self.watchdog.state), state_name=self.watchdog.state.name, reason=self.watchdog.reason)
+        status.header.stamp = self.get_clock().now().to_msg()
+        status.backend = self.parameters["backend"]
+        status.commands, status.holds, status.clamped = self.commands, self.holds, self.gate.clamped
+        status.dropped_stale, status.dropped_nonfinite = drops.stale, drops.nonfinite
+        status.dropped_shape, status.dropped_foreign = drops.shape, drops.foreign
+        status.command_age_ms = self.command_age_ms
+        self.status_publisher.publish(status)
+
+
+def read_chunk(message: ActionChunk) -> Chunk:
+    """ActionChunk -> Chunk; a wrong length gives an array the gate refuses by its shape."""
+    actions = from_floats(message.actions)
+    if message.action_dim and len(actions) == message.horizon * message.action_dim:
+        actions = actions.reshape(message.horizon, message.action_dim)
+    stamp_ns, step_ns = to_ns(message.header.stamp), to_ns(message.step_period)
+    return Chunk(stamp_ns, step_ns, actions, message.hold, message.checkpoint_id, message.contract_id)
+
+
+def main() -> int:
+    """Run the node as a process; returns the exit code."""
+    return run_node(FrankaController)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
