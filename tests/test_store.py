@@ -138,9 +138,12 @@ def test_field_that_is_missing_or_short(store):
 def test_broken_and_missing_chunks(store):
     chunk = store.path / "rgb_static" / "c" / "0" / "0" / "0" / "0"
     content = chunk.read_bytes()
-    chunk.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="rgb_static"):
-        PlayStore.open(store.path).load(("rgb_static",))
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for broken in (content[: len(content) // 2], content[:-1], bytes(flipped), b""):
+        chunk.write_bytes(broken)
+        with pytest.raises(DataError, match="rgb_static"):
+            PlayStore.open(store.path).load(("rgb_static",))
     chunk.unlink()
     with pytest.raises(DataError, match="rgb_static"):
         PlayStore.open(store.path)

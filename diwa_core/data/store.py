@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from diwa_core.config import to_dict
 from diwa_core.contract import ACTION_SIZE, IMAGE_SIZE, ROBOT_OBS_SIZE, TARGET_POSE_SIZE, Contract
@@ -76,7 +76,8 @@ class PlayStore:
                 shape=(0, *kind.shape),
                 chunks=(CHUNK_FRAMES, *kind.shape),
                 dtype=kind.dtype,
-                compressors=BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if kind.dtype == "uint8" else "shuffle"),
+                # the checksum also guards blosc, which reads past the end of a chunk that was cut off
+                compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if kind.dtype == "uint8" else "shuffle"), Crc32cCodec()],
             )
         group.create_array("episode_ends", shape=(0,), chunks=(4096,), dtype="int64")
         return PlayStore(path, group, contract, tuple(fields), settings or {})
