@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from diwa_core.evaluate.statistics import Estimate, compare_paired, pool_mean, success_rate, summarise
+from diwa_core.evaluate.statistics import Estimate, compare_paired, gain_over_seeds, pool_mean, rate_over_seeds, success_rate, summarise
 
 
 def outcomes(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -111,6 +111,64 @@ def test_pooled_interval_agrees_with_a_stratified_bootstrap() -> None:
     assert found.value == pytest.approx(160 / 300)
     assert (found.low, found.high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.003)
     assert pool_mean({"a": Estimate(0.5, 0.4, 0.7)}) == Estimate(0.5, pytest.approx(0.4), pytest.approx(0.7))
+
+
+def shared_starts(random: np.random.Generator, seeds: int, starts: int, easier: float) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes [S, N] of base and tuned policies where a start is about as hard for every seed; `easier`: by how much for the tuned."""
+    hard = random.beta(0.7, 0.7, starts)
+    base = random.random((seeds, starts)) < hard
+    tuned = random.random((seeds, starts)) < (1 - easier) * hard + easier
+    return base, tuned
+
+
+def bounds(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.value, estimate.low, estimate.high
+
+
+def test_one_seed_over_seeds_is_the_plain_interval() -> None:
+    (base,), (tuned,) = shared_starts(np.random.default_rng(2), 1, 80, 0.4)
+    assert bounds(rate_over_seeds(tuned[None])) == pytest.approx(bounds(success_rate(tuned.sum(), 80)), abs=1e-9)
+    assert bounds(gain_over_seeds(base[None], tuned[None])) == pytest.approx(bounds(compare_paired(base, tuned).difference), abs=1e-9)
+
+
+def test_seeds_that_repeat_each_other_add_nothing() -> None:
+    base, tuned = shared_starts(np.random.default_rng(3), 1, 60, 0.4)
+    repeated = gain_over_seeds(base.repeat(3, 0), tuned.repeat(3, 0)), rate_over_seeds(tuned.repeat(3, 0))
+    plain = compare_paired(base[0], tuned[0]).difference, success_rate(tuned.sum(), 60)
+    for found, expected in zip(repeated, plain, strict=True):
+        assert bounds(found) == pytest.approx(bounds(expected), abs=1e-9)
+    assert rate_over_seeds(np.ones((3, 50), bool)).low == pytest.approx(success_rate(50, 50).low)  # nothing to estimate: the safe side
+
+
+def test_intervals_over_seeds_agree_with_a_bootstrap_over_starts() -> None:
+    random = np.random.default_rng(4)
+    base, tuned = shared_starts(random, 3, 200, 0.5)
+    rows = random.integers(200, size=(10_000, 200))
+    gains = (tuned.mean(0) - base.mean(0))[rows].mean(1)
+    found = gain_over_seeds(base, tuned)
+    assert found.value == pytest.approx(tuned.mean() - base.mean())
+    assert (found.low, found.high) == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=0.008)
+    rate = rate_over_seeds(base)
+    assert (rate.low, rate.high) == pytest.approx(np.percentile(base.mean(0)[rows].mean(1), [2.5, 97.5]), abs=0.008)
+    independent = success_rate(base.sum(), base.size)
+    assert rate.high - rate.low > 1.2 * (independent.high - independent.low)  # what sharing the starts costs
+
+
+def test_coverage_over_seeds_that_share_their_starts() -> None:
+    random, trials, covered = np.random.default_rng(5), 400, np.zeros(3)
+    for _ in range(trials):
+        base, tuned = shared_starts(random, 3, 60, 0.4)
+        found = rate_over_seeds(base), gain_over_seeds(base, tuned), success_rate(base.sum(), base.size)
+        covered += [estimate.low <= truth <= estimate.high for estimate, truth in zip(found, (0.5, 0.2, 0.5), strict=True)]
+    rates, gains, independent = covered / trials
+    assert 0.92 <= rates <= 0.985 and 0.92 <= gains <= 0.985
+    assert independent < rates - 0.02  # as if 180 starts had been tried
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 4), (2, 0)])
+def test_outcomes_over_seeds_have_two_axes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected outcomes \[seeds, starts\]"):
+        rate_over_seeds(np.zeros(shape, bool))
 
 
 def test_percentiles() -> None:

@@ -1,4 +1,8 @@
-"""Intervals for success rates: one rate, the paired difference of two policies on the same episodes, the mean over skills; percentiles."""
+"""Intervals for success rates: one rate, the paired difference of two policies on the same episodes, both over training seeds that share
+their starts, the mean over skills; percentiles.
+
+Letters: S training seeds, N starts.
+"""
 
 from __future__ import annotations
 
@@ -51,19 +55,73 @@ def compare_paired(base: Sequence[bool], tuned: Sequence[bool], confidence: floa
     if first.shape != second.shape or first.ndim != 1 or len(first) == 0:
         raise ValueError(f"expected two equally long lists of outcomes, found shapes {first.shape} and {second.shape}")
     gained, lost, n = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
-    limit = float(stats.norm.ppf(0.5 + confidence / 2))
-    value = (gained - lost) / n
+    p_value = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return PairedComparison(_tango_interval(gained, lost, n, confidence), gained, lost, n, p_value)
+
+
+def rate_over_seeds(outcomes: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """Success rate of `outcomes` [S, N], all S on the same N starts: the Wilson interval at the effective number of episodes.
+
+    A start that is hard for one training seed is hard for the others, so S * N episodes say less than as many independent ones.
+    The design effect says how much less (Rao and Scott 1992, Biometrics 48, 577-585; here every start is a cluster). The interval is
+    about other starts, for these training seeds. Raises ValueError on another shape or no outcomes.
+    """
+    values = _check_outcomes(outcomes).astype(float)
+    rate, n, z = values.mean(), values.size / _design_effect(values), _normal_limit(confidence)
+    centre, half = rate + z * z / (2 * n), z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return Estimate(float(rate), float(low) if rate > 0 else 0.0, float(high) if rate < 1 else 1.0)
+
+
+def gain_over_seeds(base: np.ndarray, tuned: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """Success of `tuned` minus success of `base`, outcomes [S, N], all on the same N starts: Tango's interval at the effective number.
+
+    As `rate_over_seeds`; with one seed it is `compare_paired`. Raises ValueError on unequal shapes.
+    """
+    first, second = _check_outcomes(base), _check_outcomes(tuned)
+    if first.shape != second.shape:
+        raise ValueError(f"expected outcomes of the same seeds and starts, found shapes {first.shape} and {second.shape}")
+    effect = _design_effect(second.astype(float) - first)
+    gained, lost = (second & ~first).sum() / effect, (first & ~second).sum() / effect
+    return _tango_interval(float(gained), float(lost), first.size / effect, confidence)
+
+
+def _check_outcomes(outcomes: np.ndarray) -> np.ndarray:
+    found = np.asarray(outcomes, dtype=bool)
+    if found.ndim != 2 or found.size == 0:
+        raise ValueError(f"expected outcomes [seeds, starts], found shape {found.shape}")
+    return found
+
+
+def _design_effect(values: np.ndarray) -> float:
+    """Variance of the mean of `values` [S, N], starts resampled whole, over what S * N independent values would have; within 1 and S.
+
+    Where all values are equal nothing can be estimated, and the seeds of a start count once: S.
+    """
+    seeds, starts = values.shape
+    independent = values.var() / values.size
+    if seeds == 1 or starts == 1 or independent == 0:
+        return float(seeds)
+    clustered = values.mean(0).var(ddof=1) / starts
+    return float(np.clip(clustered / independent, 1, seeds))
+
+
+def _normal_limit(confidence: float) -> float:
+    return float(stats.norm.ppf(0.5 + confidence / 2))
+
+
+def _tango_interval(gained: float, lost: float, n: float, confidence: float) -> Estimate:
+    limit, value = _normal_limit(confidence), (gained - lost) / n
 
     def excess(delta: float, sign: int) -> float:
         return sign * _tango_score(gained, lost, n, delta) - limit
 
-    low = -1.0 if value == -1 else optimize.brentq(excess, -1 + 1e-12, value, args=(1,))
-    high = 1.0 if value == 1 else optimize.brentq(excess, value, 1 - 1e-12, args=(-1,))
-    p_value = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return PairedComparison(Estimate(value, low, high), gained, lost, n, p_value)
+    low = -1.0 if value <= -1 else optimize.brentq(excess, -1 + 1e-12, value, args=(1,))
+    high = 1.0 if value >= 1 else optimize.brentq(excess, value, 1 - 1e-12, args=(-1,))
+    return Estimate(value, low, high)
 
 
-def _tango_score(gained: int, lost: int, n: int, delta: float) -> float:
+def _tango_score(gained: float, lost: float, n: float, delta: float) -> float:
     """Score statistic of the hypothesis that the difference is `delta`; the nuisance cell is its constrained maximum likelihood."""
     b = -gained - lost + (2 * n - gained + lost) * delta
     c = -lost * delta * (1 - delta)
