@@ -18,6 +18,7 @@ from diwa_core.world_model.filter import LatentFilter, load_world_model, save_wo
 from diwa_core.world_model.model import SIZES, WorldModel, WorldModelConfig
 from diwa_core.world_model.rssm import CategoricalLatent, State
 from diwa_core.world_model.train import PlayData, TrainConfig, Trainer
+from diwa_core.world_model.vision import independent_components
 
 TINY = replace(SIZES["small"], code_sizes=(6, 5), deterministic=24, hidden=24)
 TINY_PAPER = replace(SIZES["paper"], cnn_width=2, groups=4, classes=4, deterministic=24, hidden=24)
@@ -132,6 +133,35 @@ def test_windows_stay_inside_episodes_and_repeat_from_the_seed():
     assert {0, 28, 45, 78} <= every_start
 
 
+def test_event_windows_hold_their_event_behind_the_prefix():
+    events = np.zeros(1000)
+    events[[130, 777]] = 1.0, 3.0
+    sampler = WindowSampler([(0, 200), (200, 210), (210, 1000)], 64, 40, (4, 8), 0, events, event_share=1.0)
+    index = sampler.sample(3)
+    position = np.where((index.frames == 130) | (index.frames == 777), np.arange(40), 0).max(1)
+    assert (position >= 8).all() and len(set(position)) > 8
+    assert 0.5 < (index.frames == 777).any(1).mean() < 0.95
+    assert all((row[0] < 200) == (row[-1] < 200) for row in index.frames)
+    some = WindowSampler([(0, 1000)], 2000, 40, (4, 8), 0, events, event_share=0.3).sample(0)
+    assert 0.3 < ((some.frames == 130) | (some.frames == 777)).any(1).mean() < 0.45
+    short = np.zeros(1000)
+    short[205] = 1.0  # in an episode without windows: as if there were no events
+    assert WindowSampler([(0, 200), (200, 210)], 8, 40, (4, 8), 0, short, 1.0).sample(0).frames.max() < 200
+
+
+def test_independent_components_find_a_light_and_a_drawer_in_a_mixture():
+    generator = torch.Generator().manual_seed(0)
+    light = (torch.rand(4000, generator=generator) < 0.5).double()
+    drawer = torch.rand(4000, generator=generator).mul(8).sub(3.5).clamp(0, 1).double()
+    sources = torch.cat([torch.stack([light, drawer], 1), torch.randn(4000, 4, generator=generator, dtype=torch.double)], 1)
+    white = (sources - sources.mean(0)) @ torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.double))[0]
+    variances, axes = torch.linalg.eigh(torch.cov(white.T))
+    white = white @ (axes / variances.sqrt())
+    components = white @ independent_components(white)
+    correlation = torch.corrcoef(torch.cat([components, sources[:, :2]], 1).T)[:6, 6:].abs()
+    assert (correlation.max(0).values > 0.98).all() and correlation.argmax(0).unique().numel() == 2
+
+
 def test_windows_longer_than_every_episode_are_refused():
     with pytest.raises(DataError, match="longest episode has 40"):
         WindowSampler([(0, 40)], 2, 41, (2, 5), 0)
@@ -174,6 +204,18 @@ def test_resume_with_another_configuration_is_refused(store, tmp_path):
     Trainer(make_model(TINY), PlayData([store], TINY), TRAINING, tmp_path)
     with pytest.raises(ConfigError, match="batch = 4, now 8"):
         Trainer(make_model(TINY), PlayData([store], TINY), replace(TRAINING, batch=8), tmp_path)
+
+
+def test_a_second_model_can_share_the_frozen_codes(store, tmp_path):
+    first, second = WorldModel(TINY), WorldModel(TINY)
+    data = PlayData([store], TINY)
+    Trainer(first, data, TRAINING, tmp_path / "first").run()
+    trainer = Trainer(second, PlayData([store], TINY), replace(TRAINING, seed=2), tmp_path / "second", codes_from=first)
+    trainer.run()
+    assert torch.equal(trainer.data.embeddings, data.embeddings)
+    assert not torch.equal(second.rssm.first_h, first.rssm.first_h)
+    with pytest.raises(ConfigError, match="equal views"):
+        second.take_observation(WorldModel(replace(TINY, code_sizes=(6, 4))))
 
 
 def test_nan_stops_training_keeps_the_batch_and_the_last_good_state(store, tmp_path):
@@ -286,8 +328,12 @@ def test_the_commanded_pose_moves_as_in_the_simulator():
     low, actions = torch.from_numpy(np.stack(low)), torch.from_numpy(np.stack(actions)).float()
     command = CommandedPose(0.02, 0.05, LEASH_M, 27)
     command.measure(to_lag(low))
-    predicted = command(command.standardise(to_lag(low[:-1])), actions[:-1])
+    predicted, held = command(command.standardise(to_lag(low[:-1])), actions[:-1])
     expected = command.standardise(to_lag(low[1:]))[:, 18:27]
     assert (low[:, 18:21] - low[:, :3]).norm(dim=1).max() > 0.95 * LEASH_M
     assert torch.allclose(predicted * command.std[18:27], expected * command.std[18:27], atol=2e-5)
+    stayed = command.restore(torch.cat([held, torch.zeros(len(held), 18)], -1))[:, :3]
+    assert torch.allclose(stayed, low[:-1, :3] - low[1:, 18:21], atol=2e-5)  # where the arm was, seen from the new target
+    arrived = command.close(held, torch.ones(9))
+    assert torch.allclose(arrived * command.std[:9] + command.mean[:9], torch.zeros(9), atol=1e-5)
     assert torch.allclose(from_lag(to_lag(low)), low, atol=1e-6)

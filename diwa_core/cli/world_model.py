@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--run-dir", required=True, help="run folder (state, metrics, TensorBoard)")
     train.add_argument("--out", help="checkpoint to write (default: RUN_DIR/checkpoint)")
     train.add_argument("--config", help="YAML with 'model' and 'training' mappings that override the size's defaults")
+    train.add_argument("--codes", help="checkpoint of a world model whose frozen image codes are used, instead of training new ones")
     train.add_argument("--steps", type=int)
     train.add_argument("--seed", type=int)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +50,7 @@ def train(args: argparse.Namespace) -> int:
     """Train and write a checkpoint."""
     from diwa_core.cli.progress import stage_progress
     from diwa_core.data.store import PlayStore
-    from diwa_core.world_model.filter import save_world_model
+    from diwa_core.world_model.filter import load_world_model, save_world_model
     from diwa_core.world_model.model import SIZES, WorldModel
     from diwa_core.world_model.train import PAPER_TRAINING, PlayData, TrainConfig, Trainer
 
@@ -67,7 +68,8 @@ def train(args: argparse.Namespace) -> int:
     data = PlayData(stores, model_config)
     model = WorldModel(model_config).to(args.device)
     logging.getLogger(__name__).info("%s\n%d frames of play", model, len(data.low))
-    trainer = Trainer(model, data, training, args.run_dir)
+    codes_from, codes = load_world_model(args.codes, device=args.device) if args.codes else (None, None)
+    trainer = Trainer(model, data, training, args.run_dir, codes_from)
     with stage_progress() as progress:
         metrics = trainer.run(progress)
     lineage = {
@@ -77,6 +79,7 @@ def train(args: argparse.Namespace) -> int:
         "frames": len(data.low),
         "seconds": round(trainer.seconds),
         "device": args.device,
+        **({"codes": codes.identity} if codes else {}),
     }
     path = args.out or str(Path(args.run_dir) / "checkpoint")
     identity = save_world_model(path, model, stores[0].contract, lineage, {"last_metrics": metrics}, half=True)

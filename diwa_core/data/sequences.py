@@ -29,6 +29,7 @@ class WindowSampler:
     """Random windows inside episodes: a filtered prefix of random length, then open loop.
 
     episodes: (start, end) pairs, end exclusive. `prefix` = (shortest, longest) number of observed frames at a window's start.
+    `events` [N]: weights of frames; `event_share` of the windows have such a frame in their open-loop part.
     """
 
     episodes: list[tuple[int, int]]
@@ -36,6 +37,8 @@ class WindowSampler:
     length: int
     prefix: tuple[int, int]
     seed: int
+    events: np.ndarray | None = None
+    event_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not any(end - start >= self.length for start, end in self.episodes):
@@ -44,19 +47,44 @@ class WindowSampler:
                 f"training windows need {self.length} frames, the longest episode has {longest}. Record longer play or shorten 'horizon'."
             )
 
+    @cached_property
+    def _usable(self) -> tuple[np.ndarray, np.ndarray]:
+        """First window start and one past the last [E, 2] of episodes that are long enough, and the running count of starts [E]."""
+        usable = np.array([(start, end - self.length + 1) for start, end in self.episodes if end - start >= self.length])
+        return usable, np.cumsum(usable[:, 1] - usable[:, 0])
+
+    @cached_property
+    def _event_mass(self) -> np.ndarray:
+        """Running sum of the events' weights [N], without those in episodes that are too short."""
+        inside = np.zeros(len(self.events), bool)
+        for start, end in self._usable[0]:
+            inside[start : end + self.length - 1] = True
+        return np.cumsum(np.where(inside, self.events, 0.0), dtype=np.float64)
+
     def sample(self, step: int) -> SequenceIndex:
         """The batch of training step `step`."""
         rng = np.random.default_rng([self.seed, step])
-        usable = np.array([(start, end - self.length + 1) for start, end in self.episodes if end - start >= self.length])
-        counts = np.cumsum(usable[:, 1] - usable[:, 0])
+        usable, counts = self._usable
         draw = rng.integers(counts[-1], size=self.batch)
         episode = np.searchsorted(counts, draw, side="right")
         starts = usable[episode, 1] - (counts[episode] - draw)
+        if self.events is not None and self._event_mass[-1] > 0:
+            chosen = rng.random(self.batch) < self.event_share
+            starts = np.where(chosen, self._around_events(rng), starts)
         frames = starts[:, None] + np.arange(self.length)
         first = np.zeros(frames.shape, bool)
         first[:, 0] = True
         prefixes = rng.integers(self.prefix[0], self.prefix[1] + 1, size=self.batch)
         return SequenceIndex(frames, first, np.arange(self.length) < prefixes[:, None])
+
+    def _around_events(self, rng: np.random.Generator) -> np.ndarray:
+        """Window starts [B] so that an event lies somewhere behind the prefix."""
+        mass = self._event_mass
+        event = np.searchsorted(mass, rng.random(self.batch) * mass[-1], side="right")
+        usable = self._usable[0]
+        episode = np.searchsorted(usable[:, 0], event, side="right") - 1
+        wanted = event - rng.integers(min(self.prefix[1], self.length - 1), self.length, size=self.batch)
+        return np.clip(wanted, usable[episode, 0], usable[episode, 1] - 1)
 
 
 @dataclass(frozen=True)
@@ -100,4 +128,3 @@ def previous_actions(actions: np.ndarray, index: SequenceIndex) -> np.ndarray:
     previous = actions[np.maximum(index.frames - 1, 0)].astype(np.float32)
     previous[index.first] = FIRST_ACTION
     return previous
-

@@ -77,7 +77,10 @@ class PlayStore:
                 chunks=(CHUNK_FRAMES, *kind.shape),
                 dtype=kind.dtype,
                 # the checksum also guards blosc, which reads past the end of a chunk that was cut off
-                compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if kind.dtype == "uint8" else "shuffle"), Crc32cCodec()],
+                compressors=[
+                    BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if kind.dtype == "uint8" else "shuffle"),
+                    Crc32cCodec(),
+                ],
             )
         group.create_array("episode_ends", shape=(0,), chunks=(4096,), dtype="int64")
         return PlayStore(path, group, contract, tuple(fields), settings or {})

@@ -20,7 +20,7 @@ from diwa_core.sim.skills import DRAWER, SKILLS, SLIDER, SWITCH, draw_state, has
 
 REACH_LOWER, REACH_UPPER = np.array([-0.30, -0.45, 0.44]), np.array([0.34, -0.02, 0.72])
 MAX_SEGMENT_STEPS = 90
-_WEIGHTS = {"drawer": 1.25, "slider": 1.5, "lightbulb": 1.25, "led": 1.1}  # so that each kind of event happens about equally often
+_WEIGHTS = {"drawer": 1.25, "slider": 1.5, "lightbulb": 1.25}  # so that each kind of event happens about equally often
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class PlaySettings:
     abort_share: float = 0.18  # of the skill attempts
     impossible_share: float = 0.06  # of the skill attempts: skills that are already done
     undo_share: float = 0.35  # of the skill attempts: the counterpart of the last one
+    button_weight: float = 1.1  # how often the button is tried, beside the other skills
 
 
 def play_episode(seed: int, number: int, settings: PlaySettings) -> dict[str, np.ndarray]:
@@ -113,7 +114,8 @@ def _choose_skill(scene_obs: np.ndarray, rng: np.random.Generator, settings: Pla
     names = [skill for skill in SKILLS if has_room(skill, scene_obs)]
     if rng.random() < settings.impossible_share:
         names = list(SKILLS)
-    weights = np.array([next(weight for part, weight in _WEIGHTS.items() if part in skill) for skill in names])
+    table = _WEIGHTS | {"led": settings.button_weight}
+    weights = np.array([next(weight for part, weight in table.items() if part in skill) for skill in names])
     return SKILLS.index(rng.choice(names, p=weights / weights.sum()))
 
 
@@ -137,8 +139,12 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
+    defaults = PlaySettings()
+    parser.add_argument("--episode-frames", type=int, default=defaults.episode_frames, help="short episodes show more scenes")
+    parser.add_argument("--button-weight", type=float, default=defaults.button_weight, help="how often the button is tried")
     arguments = parser.parse_args()
-    generate_play(arguments.out, arguments.frames, arguments.seed, arguments.workers)
+    settings = PlaySettings(arguments.episode_frames, button_weight=arguments.button_weight)
+    generate_play(arguments.out, arguments.frames, arguments.seed, arguments.workers, settings)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 TCP, TCP_ROTATION, TARGET, TARGET_ROTATION = slice(0, 3), slice(3, 9), slice(18, 21), slice(21, 27)
-COMMANDED = slice(18, 27)
+COMMANDED, LAG = slice(18, 27), slice(0, 9)
 
 
 def to_lag(low: Tensor) -> Tensor:
@@ -58,12 +58,19 @@ class CommandedPose(nn.Module):
         """Undo `standardise`."""
         return standard * self.std + self.mean
 
-    def forward(self, standard: Tensor, action: Tensor) -> Tensor:
-        """Standardised proprio with lag [.., P] and action [.., A] -> standardised commanded pose [.., 9]."""
+    def forward(self, standard: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised proprio with lag [.., P] and action [.., A] -> standardised commanded pose [.., 9], and the lag [.., 9] that an arm
+        which does not move would then have."""
         low = self.restore(standard)
         target, lag = low[..., TARGET], low[..., TCP]
         lead = action[..., :3] * self.max_delta_m - lag  # of the new target before the measured position
         lead = lead * (self.leash_m / lead.norm(dim=-1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
         rotation = rotate(low[..., TARGET_ROTATION], action[..., 3:6] * self.max_delta_rad)
         moved = torch.cat([target + lag + lead, rotation], -1)
-        return (moved - self.mean[COMMANDED]) / self.std[COMMANDED]
+        held = low[..., COMMANDED] + low[..., LAG] - moved
+        return (moved - self.mean[COMMANDED]) / self.std[COMMANDED], (held - self.mean[LAG]) / self.std[LAG]
+
+    def close(self, lag: Tensor, share: Tensor) -> Tensor:
+        """Standardised lag [.., 9] once the arm has gone `share` [.., 9] of the way to the commanded pose."""
+        arrived = -self.mean[LAG] / self.std[LAG]
+        return lag + share * (arrived - lag)

@@ -8,7 +8,7 @@ Letters: B batch, T time, E embedding, P proprio (27), A action (7).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class WorldModelConfig:
     warmup_frames: int = 4  # frames filtered after a reset before a feature is used
     leash_m: float = 0.08  # how far the commanded position may lead the measured one
     proprio_weight: float = 4.0  # of an entry of the proprioception in the prediction loss; an entry of a code weighs about 1
+    state_weight: float = 10.0  # of a code component, times how two-peaked it is, beside 1
+    code_noise: float = 0.05  # standard deviations, on observed codes while training
     huber_width: float = 0.05  # standard deviations: below it errors count squared, above it linearly
     reconstruction_scale: float = 0.5  # pixels (cnn) or embedding (code) of categorical latents
     kl_scale: float = 0.3
@@ -60,6 +62,8 @@ class WorldModelConfig:
         """Whether the embedding of a frame never changes while the recurrent part trains."""
         return self.vision == "code"
 
+
+_OBSERVATION = ("views", "scene_size", "vision", "code_sizes", "leash_m")  # what the embedding of a frame depends on
 
 SIZES = {
     "small": WorldModelConfig(),
@@ -122,6 +126,11 @@ class WorldModel(nn.Module):
         """Where the model lives."""
         return self.low_mean.device
 
+    @property
+    def two_peaked(self) -> Tensor:
+        """How two-peaked each code component is [sum of code sizes]: the scene's lasting states, found without labels."""
+        return torch.cat([code.two_peaked for code in self.codes.values()]) if self.codes else self.low_mean.new_zeros(0)
+
     # ---- observations -------------------------------------------------------------------------------------------------------------
 
     def measure_low(self, low: Tensor) -> None:
@@ -129,6 +138,18 @@ class WorldModel(nn.Module):
         self.low_mean.copy_(low.mean(0))
         self.low_std.copy_(low.std(0).clamp_min(1e-2))
         self.command.measure(to_lag(low))
+
+    def take_observation(self, other: WorldModel) -> None:
+        """Take over another model's statistics and frozen image codes: embeddings of both are then the same.
+
+        Raises ConfigError if the two observe differently.
+        """
+        mine, theirs = (replace(SIZES["small"], **{k: getattr(m.config, k) for k in _OBSERVATION}) for m in (self, other))
+        if mine != theirs or not self.config.frozen_embedding:
+            raise ConfigError(f"codes can be shared between models of equal views and sizes of codes only: {theirs} is not {mine}.")
+        names = ("low_mean", "low_std", "command", "codes")
+        source = {key: value for key, value in other.state_dict().items() if key.split(".")[0] in names}
+        self.load_state_dict(self.state_dict() | source)
 
     def standardise_low(self, low: Tensor) -> Tensor:
         """Proprio (and scene) [.., P(+S)] in units of their deviation on the play."""
@@ -184,7 +205,8 @@ class WorldModel(nn.Module):
         else:
             flat = {view: image.flatten(0, 1) for view, image in batch["images"].items()}
             embeddings = self.embed(batch["low"].flatten(0, 1), flat).unflatten(0, batch["low"].shape[:2])
-        states, priors, posteriors = self.rssm.unroll(state, batch["actions"], embeddings, batch["first"], batch["observed"], generator)
+        seen = self._disturb(embeddings, generator) if self.config.latent == "residual" else embeddings
+        states, priors, posteriors = self.rssm.unroll(state, batch["actions"], seen, batch["first"], batch["observed"], generator)
         if self.config.latent == "residual":
             parts = self._prediction_loss(priors, embeddings, ~batch["first"])
         else:
@@ -192,12 +214,17 @@ class WorldModel(nn.Module):
         total = torch.stack(list(parts.values())).sum()
         return total, {name: value.item() for name, value in parts.items()}, states[:, -1].detach()
 
+    def _disturb(self, embeddings: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Embeddings with noise on the codes, so that the dynamics do not hang on what only one recorded scene shows."""
+        noise = torch.empty_like(embeddings).normal_(generator=generator) * self.config.code_noise
+        noise[..., : self.low_mean.shape[0]] = 0
+        return embeddings + noise
+
     def _prediction_loss(self, priors: Tensor, embeddings: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Error of every predicted frame, one step ahead where observed and open loop elsewhere."""
         latent = self.rssm.latent
-        low = self.low_mean.shape[0]
-        slow = 1 / (latent.change_scale[low:] + 0.05)  # what changes rarely is the scene's state, what flickers is noise
-        weight = torch.cat([torch.full_like(self.low_mean, self.config.proprio_weight), slow / slow.mean()])
+        code_weight = 1 + self.config.state_weight * self.two_peaked
+        weight = torch.cat([torch.full_like(self.low_mean, self.config.proprio_weight), code_weight])
         error = F.smooth_l1_loss(latent.mean(priors), embeddings, reduction="none", beta=self.config.huber_width)
         if latent.stochastic:  # the scale is learned beside the mean, not in its place
             log_std = priors[..., latent.size :]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diwa_core.world_model.command import COMMANDED, CommandedPose
+from diwa_core.world_model.command import COMMANDED, LAG, CommandedPose
 
 
 @dataclass
@@ -86,14 +86,16 @@ class CategoricalLatent(nn.Module):
 class ResidualLatent(nn.Module):
     """The latent is the embedded observation; the prior predicts its change. Parameters: mean [.., Z], log-std if stochastic.
 
-    The commanded pose inside it is not predicted but computed by `command`.
+    The commanded pose inside it is not predicted but computed by `command`; of the arm the prior predicts which share of its way to the
+    commanded pose it goes (none when something is in the way), so neither free motion nor contact drifts.
     """
 
     def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, command: CommandedPose) -> None:
         super().__init__()
         self.size, self.stochastic = embedding, stochastic
+        self.outputs = embedding * (2 if stochastic else 1)
         self._command = (command,)  # the world model's own; in a tuple, so that its buffers are not stored twice
-        self.prior_head = _head(deterministic + embedding + action, hidden, embedding * (2 if stochastic else 1))
+        self.prior_head = _head(deterministic + embedding + action, hidden, self.outputs + LAG.stop)
         self.direct = nn.Linear(embedding + action, embedding, bias=False)  # a commanded pose moves linearly with the action
         nn.init.zeros_(self.direct.weight)
         nn.init.zeros_(self.prior_head[-1].bias)
@@ -102,12 +104,13 @@ class ResidualLatent(nn.Module):
     def prior(self, h: Tensor, previous: State, action: Tensor) -> Tensor:
         """Mean (and log-std) of the next latent, [B, Z] or [B, 2Z]."""
         inputs = torch.cat([previous.z, action], -1)
-        out = self.prior_head(torch.cat([h, inputs], -1)).float()
-        change = out[..., : self.size] + self.direct(inputs).float()
-        mean = previous.z + self.change_scale * change
+        out, share = self.prior_head(torch.cat([h, inputs], -1)).float().split([self.outputs, LAG.stop], -1)
+        change = self.change_scale * (out[..., : self.size] + self.direct(inputs).float())
         (command,) = self._command
-        commanded = command(previous.z[..., : command.mean.shape[0]], action)
-        mean = torch.cat([mean[..., : COMMANDED.start], commanded, mean[..., COMMANDED.stop :]], -1)
+        commanded, held = command(previous.z[..., : command.mean.shape[0]], action)
+        lag = command.close(held, share.sigmoid()) + change[..., LAG]
+        mean = previous.z + change
+        mean = torch.cat([lag, mean[..., LAG.stop : COMMANDED.start], commanded, mean[..., COMMANDED.stop :]], -1)
         if not self.stochastic:
             return mean
         return torch.cat([mean, (out[..., self.size :] - 3).clamp(-7, 1)], -1)

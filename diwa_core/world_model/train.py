@@ -39,6 +39,7 @@ class TrainConfig:
     steps: int = 3000
     batch: int = 64
     prefix: tuple[int, ...] = (4, 16)  # observed frames at the start of a window: shortest, longest
+    event_share: float = 0.4  # of the windows: chosen because one of the scene's lasting states changes in them
     horizon_starts: tuple[float, ...] = (0.0, 0.15, 0.4)
     horizons: tuple[int, ...] = (8, 24, 40)
     open_loop: bool = True  # false: all frames observed, state carried over (the paper's)
@@ -93,6 +94,7 @@ class PlayData:
         self.low = torch.from_numpy(np.concatenate(low))
         self.images = {view: torch.from_numpy(np.concatenate([arrays[view] for arrays in loaded])) for view in config.views}
         self.embeddings: Tensor | None = None
+        self.events: np.ndarray | None = None
         if not torch.isfinite(self.low).all():
             raise DataError("the play holds proprioception that is not finite; `diwa data info` names the episode, leave it out.")
 
@@ -104,6 +106,15 @@ class PlayData:
             images = {view: image[start : start + chunk].to(device) for view, image in self.images.items()}
             parts.append(model.embed(self.low[start : start + chunk].to(device), images))
         self.embeddings = torch.cat(parts)
+
+    def measure_events(self, two_peaked: Tensor, reach: int = 4) -> None:
+        """Set `events` [N]: how much the scene's lasting states (two-peaked code components [C]) change around each frame."""
+        codes = self.embeddings[:, self.low.shape[1] :].cpu()
+        events = torch.zeros(len(codes))
+        for start, end in self.episodes:
+            part = codes[start:end]
+            events[start + reach : end - reach] = ((part[2 * reach :] - part[: -2 * reach]).square() * two_peaked.cpu()).sum(-1)
+        self.events = events.numpy() if events.any() else None
 
     def batch(self, index: SequenceIndex, device: torch.device) -> dict:
         """What WorldModel.loss takes."""
@@ -158,8 +169,7 @@ def train_image_code(
         if step % 100 == 0:
             logger.info("image code %s: step %d of %d, loss %.4f", view, step, config.code_updates, running)
     code.requires_grad_(False)
-    following = images[rows + 1].to(device)
-    code.measure_code(sample, proprio[rows.to(device)], following, proprio[rows.to(device) + 1])
+    code.measure_code(sample, proprio[rows.to(device)])
     return running
 
 
@@ -202,14 +212,18 @@ class MetricsLog:
 class Trainer:
     """The training of one world model in `run_dir`; `run()` starts or resumes it."""
 
-    def __init__(self, model: WorldModel, data: PlayData, config: TrainConfig, run_dir: str | Path) -> None:
-        self.model, self.data, self.config, self.run_dir = model, data, config, Path(run_dir)
+    def __init__(
+        self, model: WorldModel, data: PlayData, config: TrainConfig, run_dir: str | Path, codes_from: WorldModel | None = None
+    ) -> None:
+        """codes_from: a trained model whose statistics and frozen image codes are used, instead of training new ones."""
+        self.model, self.data, self.config, self.run_dir, self.codes_from = model, data, config, Path(run_dir), codes_from
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.step, self.seconds = 0, 0.0
         self.carry: State | None = None
         recurrent = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(recurrent, config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
         self._streams = StreamSampler(data.episodes, config.batch, config.stream_length, config.reset_probability, config.seed)
+        self._windows: WindowSampler | None = None
         self._guard_config()
 
     # ---- state on disk ------------------------------------------------------------------------------------------------------------
@@ -277,8 +291,11 @@ class Trainer:
         """The frames of the present step's batch."""
         config = self.config
         if config.open_loop:
-            prefix = (config.prefix[0], config.prefix[1])
-            return WindowSampler(self.data.episodes, config.batch, self.window_length(), prefix, config.seed).sample(self.step)
+            length, prefix = self.window_length(), (config.prefix[0], config.prefix[1])
+            if self._windows is None or self._windows.length != length:
+                events = (self.data.events, config.event_share)
+                self._windows = WindowSampler(self.data.episodes, config.batch, length, prefix, config.seed, *events)
+            return self._windows.sample(self.step)
         return self._streams.sample(self.step)
 
     def window_length(self) -> int:
@@ -341,11 +358,14 @@ class Trainer:
         resumed = self.resume()
         if resumed:
             logger.info("resumed %s at step %d", self.run_dir, self.step)
+        elif self.codes_from is not None:
+            self.model.take_observation(self.codes_from)
         else:
             self.model.measure_low(self.data.low)
             train_image_codes(self.model, self.data, self.config, report)
         if self.model.config.frozen_embedding:
             self._embed(resumed)
+            self.data.measure_events(self.model.two_peaked)
         if not resumed:
             self._measure_changes()
             self.save()

@@ -91,8 +91,9 @@ class ImageCode(nn.Module):
         self.register_buffer("pixel_std", torch.ones(3, 64, 64))
         self.register_buffer("pixel_weight", torch.ones(3, 64, 64))
         self.register_buffer("code_mean", torch.zeros(size))
-        self.register_buffer("to_slow", torch.eye(size))
-        self.register_buffer("from_slow", torch.eye(size))
+        self.register_buffer("unmix", torch.eye(size))
+        self.register_buffer("mix", torch.eye(size))
+        self.register_buffer("two_peaked", torch.zeros(size))  # 0: one heap of values; 2: just two values
 
     def measure_pixels(self, images: Tensor, following: Tensor, floor: float = 0.02) -> None:
         """Set whitening and weights from uint8 images [N, 64, 64, 3] and the frames after them; `floor` bounds constant pixels."""
@@ -122,25 +123,45 @@ class ImageCode(nn.Module):
         return self.encoder(torch.cat([self.see(self.whiten(images)), proprio], -1))
 
     @torch.no_grad()
-    def measure_code(self, images: Tensor, proprio: Tensor, following: Tensor, following_proprio: Tensor) -> None:
-        """Rotate the code to slow features (Wiskott and Sejnowski 2002): uncorrelated, of unit variance, the slowest first.
+    def measure_code(self, images: Tensor, proprio: Tensor) -> None:
+        """Turn the code to independent components of unit variance, from uint8 images [N, 64, 64, 3] and proprio [N, P].
 
-        images uint8 [N, 64, 64, 3] and proprio [N, P], each with the frames after them.
+        A light, a drawer or a slider then has a component of its own, told by its two peaks: most of the time it is at one of two ends.
         """
-        code, after = self._raw_code(images, proprio).double(), self._raw_code(following, following_proprio).double()
+        code = self._raw_code(images, proprio).double()
         variances, axes = torch.linalg.eigh(torch.cov(code.T))
         spread = variances.clamp_min(self.noise**2).sqrt()  # what lies below the noise holds nothing and is not blown up
         sphere = axes / spread
-        _, rotation = torch.linalg.eigh(torch.cov(((after - code) @ sphere).T))
+        white = (code - code.mean(0)) @ sphere
+        rotation = independent_components(white)
+        components = white @ rotation
+        kurtosis = components.pow(4).mean(0) / components.square().mean(0).square() - 3
         self.code_mean.copy_(code.mean(0))
-        self.to_slow.copy_(sphere @ rotation)
-        self.from_slow.copy_(rotation.T @ (axes * spread).T)
+        self.unmix.copy_(sphere @ rotation)
+        self.mix.copy_(rotation.T @ (axes * spread).T)
+        self.two_peaked.copy_((-kurtosis - 0.3).clamp_min(0))  # 0.3: a flat heap is not two
 
     def encode(self, images: Tensor, proprio: Tensor) -> Tensor:
-        """uint8 [N, 64, 64, 3] and proprio [N, P] -> slow code [N, C]."""
-        return (self._raw_code(images, proprio) - self.code_mean) @ self.to_slow
+        """uint8 [N, 64, 64, 3] and proprio [N, P] -> code [N, C] of independent components."""
+        return (self._raw_code(images, proprio) - self.code_mean) @ self.unmix
 
     def decode(self, code: Tensor, proprio: Tensor) -> Tensor:
-        """Slow code [N, C] and proprio [N, P] -> float image [N, 3, 64, 64] in [-1, 1]."""
-        whitened = self.decoder(torch.cat([code @ self.from_slow + self.code_mean, proprio], -1))
+        """Code [N, C] and proprio [N, P] -> float image [N, 3, 64, 64] in [-1, 1]."""
+        whitened = self.decoder(torch.cat([code @ self.mix + self.code_mean, proprio], -1))
         return whitened * self.pixel_std + self.pixel_mean
+
+
+def independent_components(white: Tensor, iterations: int = 200, tolerance: float = 1e-5) -> Tensor:
+    """Rotation [C, C] of whitened samples [N, C] to independent components (FastICA, Hyvarinen 1999: symmetric, log cosh)."""
+    generator = torch.Generator().manual_seed(0)
+    size = white.shape[1]
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=white.dtype))[0].to(white.device)
+    for _ in range(iterations):
+        bent = torch.tanh(white @ rotation)
+        update = white.T @ bent / len(white) - rotation * (1 - bent.square()).mean(0)
+        left, _, right = torch.linalg.svd(update)
+        update, previous = left @ right, rotation
+        rotation = update
+        if (update * previous).sum(0).abs().min() > 1 - tolerance:
+            break
+    return rotation
