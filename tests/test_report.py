@@ -85,15 +85,18 @@ def test_base_beside_finetuned_shows_paired_gains_and_their_mean() -> None:
     skills = []
     for name in ("a", "b"):
         base, tuned = (random.random(100) < 0.5).tolist(), (random.random(100) < 0.8).tolist()
-        skills.append(SkillResult(name, tuned, [40] * 100, base, Estimate(0.5, 0.4, 0.6)))
+        skills.append(SkillResult(name, tuned, [40] * 100, base, Estimate(0.8, 0.7, 0.9), Estimate(0.5, 0.4, 0.6)))
     text = " ".join(" ".join(parse(build_report(result(skills=skills))).text).split())
     gains = {skill.skill: compare_paired(skill.base_outcomes, skill.outcomes).difference for skill in skills}
     for gain in (*gains.values(), pool_mean(gains)):
         assert f"{100 * gain.value:+.0f} {100 * gain.low:+.0f} to {100 * gain.high:+.0f}" in text
-    assert "50 % 40–60" in text and "50 % 43–57" in text and "median 40" in text
-    skills[1].base_outcomes = None  # one skill without a base: no mean of gains
+    assert "80 % 70–90 50 % 40–60" in text and "50 % 43–57" in text and "median 40" in text and "base only" not in text
+    before, after = (sum(sum(outcomes) for outcomes in side) for side in zip(*[(s.base_outcomes, s.outcomes) for s in skills], strict=True))
+    assert f"{after} of 200 episodes succeeded after fine-tuning, {before} of 200" in text
+    skills[1].base_outcomes = None  # its outcomes are then the base's: said so, counted apart, and no mean over both kinds
     text = " ".join(" ".join(parse(build_report(result(skills=skills))).text).split())
-    assert text.count(" to +") == 1
+    assert text.count(" to +") == 1 and "b base only" in text and "mean of skills" not in text
+    assert f"{sum(skills[0].outcomes)} of 100 episodes succeeded after fine-tuning, {sum(skills[0].base_outcomes)} of 100" in text
 
 
 def test_nothing_from_outside_and_no_scripts(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""`diwa evaluate`: success rates of policies in the simulator, over seeded starts, with Wilson intervals."""
+"""`diwa evaluate`: success rates of policies in the simulator over seeded starts, and base beside fine-tuned, with intervals."""
 
 from __future__ import annotations
 
@@ -10,19 +10,86 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--world-model", required=True, help="checkpoint")
-    parser.add_argument("--policies", required=True, help="folder with one checkpoint per skill")
-    parser.add_argument("--skills", nargs="*", help="default: every skill that has a policy")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--policies", help="folder with one checkpoint per skill")
+    asked.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        metavar=("BASE", "FINETUNED"),
+        help="compare two such folders on the same starts with the same noise; again for each further training seed",
+    )
+    parser.add_argument("--skills", nargs="*", default=[], help="default: every skill that has a (fine-tuned) policy")
     parser.add_argument("--episodes", type=int, default=100, help="starts per skill")
     parser.add_argument("--split", default="evaluation", choices=("train", "validation", "evaluation"), help="list of start states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the policy's noise; the starts stay the same, so runs are paired")
     parser.add_argument("--workers", type=int, help="default: one per core")
     parser.add_argument("--record", help="play store to write the episodes to (for the replay test)")
     parser.add_argument("--write-card", action="store_true", help="keep each rate in its policy's model card")
-    parser.add_argument("--out", help="JSON file for the outcomes")
+    parser.add_argument(
+        "--out",
+        help="JSON file for the outcomes; with --pair a folder (default reports/diwa) for comparison.json, report.html and episodes.jsonl, "
+        "which keeps finished episodes: the same command goes on where it was stopped",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print one line per skill."""
+    from diwa_core.errors import ConfigError
+
+    if args.episodes < 1:
+        raise ConfigError(f"--episodes: expected at least 1, found {args.episodes}.")
+    if not args.pair:
+        return run_single(args)
+    if args.record:
+        raise ConfigError("--record: expected with --policies, found with --pair. Record one side in a run of its own.")
+    return run_pairs(args)
+
+
+def run_pairs(args: argparse.Namespace) -> int:
+    """Base beside fine-tuned: JSON, page and one line per skill."""
+    import shlex
+    import sys
+
+    from rich.console import Console
+
+    from diwa_core.cli.progress import stage_progress
+    from diwa_core.evaluate.comparison import compare_policies
+    from diwa_core.evaluate.comparison_report import list_doubts, show_steps, write_comparison_report
+    from diwa_core.evaluate.evaluation import evaluate
+
+    folder = Path(args.out or "reports/diwa")
+    with stage_progress() as progress:
+        comparison = compare_policies(
+            args.pair,
+            folder / "episodes.jsonl",
+            lambda plans, report: evaluate(args.world_model, plans, args.workers, report),
+            args.skills,
+            args.episodes,
+            args.split,
+            args.seed,
+            progress=lambda done, total: progress("episodes", done / total),
+        )
+    comparison.write(folder / "comparison.json")
+    command = shlex.join(["diwa", *sys.argv[1:]])
+    page = write_comparison_report(folder / "report.html", comparison, command)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, row in [*((row.skill, row) for row in comparison.skills), ("mean", comparison)]:
+        gain = f"{100 * row.gain.value:+5.1f} [{100 * row.gain.low:+.1f}, {100 * row.gain.high:+.1f}]"
+        steps = f", {show_steps(row.environment_steps)} environment steps" if name != "mean" else ""
+        console.print(f"{name:20s} {format_rate(row.base)} -> {format_rate(row.finetuned)}, gain {gain}{steps}", markup=False)
+    for doubt in list_doubts(comparison):
+        console.print(doubt)
+    console.print(f"{folder / 'comparison.json'} holds the figures, {page} shows them.")
+    if args.write_card:
+        for row in comparison.skills:
+            for side in (side for seed in row.seeds for side in (seed.base, seed.finetuned)):
+                write_card(args, side.policy, side.success)
+    return 0
+
+
+def run_single(args: argparse.Namespace) -> int:
+    """One folder of policies."""
     from rich.console import Console
 
     from diwa_core.cli.progress import stage_progress
@@ -58,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{skill:20s} {format_rate(rate)}  {count}, mean steps of successes {mean_steps}")
     console.print(f"{'mean':20s} {format_rate(pool_mean(rates))}  split {args.split}, noise seed {args.seed}")
     if args.write_card:
-        write_cards(args, rates)
+        for skill, success in outcomes.items():
+            write_card(args, Path(args.policies) / skill, success)
     if args.out:
         rows = [
             {"skill": p.skill, "index": p.index, "seed": p.noise_seed, "success": r.success, "steps": r.steps}
@@ -70,13 +138,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_cards(args: argparse.Namespace, rates: dict) -> None:
-    """Put each success rate, and how it was measured, into the policy's model card."""
+def write_card(args: argparse.Namespace, policy: str | Path, success: list[bool]) -> None:
+    """Put a success rate, and how it was measured, into the policy's model card."""
     from diwa_core.checkpoint import update_card
+    from diwa_core.evaluate.statistics import success_rate
 
-    for skill, rate in rates.items():
-        figures = {"success": rate.value, "low": rate.low, "high": rate.high, "episodes": args.episodes, "seed": args.seed}
-        update_card(Path(args.policies) / skill, {f"success_{args.split}": figures})
+    rate = success_rate(sum(success), len(success))
+    figures = {"success": rate.value, "low": rate.low, "high": rate.high, "episodes": args.episodes, "seed": args.seed}
+    update_card(policy, {f"success_{args.split}": figures})
 
 
 def format_rate(rate) -> str:

@@ -31,10 +31,16 @@ class EpisodePlan:
 
 
 def plan_episodes(
-    skill: str, policy: str | Path, count: int, split: str = "evaluation", seed: int = 0, record: bool = False
+    skill: str,
+    policy: str | Path,
+    count: int,
+    split: str = "evaluation",
+    seed: int = 0,
+    record: bool = False,
+    max_steps: int = MAX_STEPS,
 ) -> list[EpisodePlan]:
     """`count` episodes on the first starts of the list (split, seed 0); `seed` moves only the policy's noise, so runs are paired."""
-    return [EpisodePlan(skill, str(policy), split, i, 0, noise_seed(seed, i), record=record) for i in range(count)]
+    return [EpisodePlan(skill, str(policy), split, i, 0, noise_seed(seed, i), max_steps, record) for i in range(count)]
 
 
 def noise_seed(seed: int, index: int) -> int:

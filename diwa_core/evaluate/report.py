@@ -11,23 +11,27 @@ import cv2
 import numpy as np
 
 from diwa_core.errors import DataError
-from diwa_core.evaluate.report_style import STYLE
+from diwa_core.evaluate.page import BAR_WIDTH, build_page, draw_line, draw_rectangle, make_bar, make_table, rate_bar, show_gain, show_rate
 from diwa_core.evaluate.statistics import Estimate, compare_paired, pool_mean, success_rate, summarise
 
 WEBP_QUALITY = 88
 MAX_LISTED_EPISODES = 12
-BAR_WIDTH = 200  # in the units of the pictures; on the page the style sheet decides
 
 
 @dataclass
 class SkillResult:
-    """Episodes of one skill. base_outcomes: the base policy on the same starts, where it ran; reference: rate of the model card."""
+    """Episodes of one skill.
+
+    outcomes, steps: of the fine-tuned policy where there is a base beside it, else of the only one; base_outcomes: the base policy on the
+    same starts; reference, base_reference: rates of their model cards.
+    """
 
     skill: str
     outcomes: list[bool]
     steps: list[int]
     base_outcomes: list[bool] | None = None
     reference: Estimate | None = None
+    base_reference: Estimate | None = None
 
 
 @dataclass
@@ -79,17 +83,13 @@ def write_report(path: str | Path, result: DemoResult) -> Path:
 def build_report(result: DemoResult) -> str:
     """The page as one string: no scripts, no outside files. Raises DataError where outcomes or frames do not fit together."""
     sections = [
+        _headline(result),
         _success_section(result.skills),
         _latency_section(result.latencies_ms, result.tick_ms),
         _strip_section(result.strips),
         _provenance_section(result),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(result.title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        f"<h1>{escape(result.title)}</h1>\n{_headline(result)}\n" + "\n".join(sections) + "\n</main></body></html>\n"
-    )
+    return build_page(result.title, sections)
 
 
 def _headline(result: DemoResult) -> str:
@@ -97,13 +97,19 @@ def _headline(result: DemoResult) -> str:
     successes, episodes = sum(sum(skill.outcomes) for skill in run), sum(len(skill.outcomes) for skill in run)
     when = f"{escape(result.started)}, {result.duration_s:.0f} s, seed {result.seed}"
     notes = "".join(f"<p>{escape(note)}</p>" for note in result.notes)
-    return f'<p class="headline"><b>{successes} of {episodes}</b> episodes succeeded.</p><p class="quiet">{when}</p>{notes}'
+    headline = f"<b>{successes} of {episodes}</b> episodes succeeded."
+    pairs = [(sum(skill.base_outcomes), sum(skill.outcomes), len(skill.outcomes)) for skill in run if skill.base_outcomes is not None]
+    if pairs:
+        base, tuned, count = (sum(column) for column in zip(*pairs, strict=True))
+        headline = f"<b>{tuned} of {count}</b> episodes succeeded after fine-tuning, <b>{base} of {count}</b> from the same starts before."
+    return f'<p class="headline">{headline}</p><p class="quiet">{when}</p>{notes}'
 
 
 def _success_section(skills: list[SkillResult]) -> str:
     compared = any(skill.base_outcomes is not None for skill in skills)
-    referenced = any(skill.reference is not None for skill in skills)
-    columns = ["rate", *(["base", "gain"] if compared else []), *(["model card"] if referenced else [])]
+    cards = {"model card": "reference", "base's card": "base_reference"}
+    referenced = [column for column, name in cards.items() if any(getattr(skill, name) is not None for skill in skills)]
+    columns = ["rate", *(["base", "gain"] if compared else []), *referenced]
     rows: list[list[str]] = []
     measured: list[dict[str, Estimate]] = []
     for skill in skills:
@@ -112,14 +118,18 @@ def _success_section(skills: list[SkillResult]) -> str:
             continue
         measured.append(_estimates(skill))
         count = f"{sum(skill.outcomes)}/{len(skill.outcomes)}"
-        rows.append([f"<b>{escape(skill.skill)}</b>", count, *_estimate_cells(measured[-1], columns), _episodes(skill)])
+        name = f"<b>{escape(skill.skill)}</b>"
+        name += ' <span class="quiet">base only</span>' if compared and skill.base_outcomes is None else ""
+        rows.append([name, count, *_estimate_cells(measured[-1], columns), _episodes(skill)])
     complete = [name for name in columns if measured and all(name in row for row in measured)]
     mean = {name: pool_mean({str(i): row[name] for i, row in enumerate(measured)}) for name in complete}
-    total = [["<b>mean of skills</b>", "", *_estimate_cells(mean, columns), ""]]
-    table = _table(["skill", "success", *columns, "steps"], rows, total)
+    mixed = compared and "gain" not in complete  # a mean over fine-tuned policies and bases says nothing
+    total = [] if mixed else [["<b>mean of skills</b>", "", *_estimate_cells(mean, columns), ""]]
+    table = make_table(["skill", "success", *columns, "steps"], rows, total)
     paired = ", Tango for the gain on the same starts" if compared else ""
     legend = f"In per cent with 95 % intervals: Wilson for a rate{paired}, MOVER for the mean (skills weigh the same). "
-    legend += ("The grey bar is the base policy. " if compared else "") + "Steps: policy steps until success; × failed."
+    legend += "Rate: the fine-tuned policy; the grey bar is its base. " if compared else ""
+    legend += "Steps: policy steps until success; × failed."
     return f'<h2>Success</h2>{table}<p class="quiet">{legend}</p>'
 
 
@@ -132,54 +142,18 @@ def _estimates(skill: SkillResult) -> dict[str, Estimate]:
             raise DataError(f"{skill.skill}: expected base outcomes on the same {expected} starts, found {found_count}.")
         found["base"] = success_rate(sum(skill.base_outcomes), len(skill.base_outcomes))
         found["gain"] = compare_paired(skill.base_outcomes, skill.outcomes).difference
-    if skill.reference is not None:
-        found["model card"] = skill.reference
-    return found
+    cards = {"model card": skill.reference, "base's card": skill.base_reference}
+    return found | {name: rate for name, rate in cards.items() if rate is not None}
 
 
 def _estimate_cells(estimates: dict[str, Estimate], columns: list[str]) -> list[str]:
     if "rate" not in estimates:
         return [""] * len(columns)
-    cells = {name: _rate(estimate) for name, estimate in estimates.items()}
-    cells["rate"] = _interval_cell(estimates["rate"], estimates.get("base"))
+    cells = {name: show_rate(estimate) for name, estimate in estimates.items()}
+    cells["rate"] = rate_bar(estimates["rate"], estimates.get("base"))
     if "gain" in estimates:
-        gain = estimates["gain"]
-        cells["gain"] = _figure_with_interval(f"{100 * gain.value:+.0f}", f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}")
+        cells["gain"] = show_gain(estimates["gain"])
     return [cells.get(name, "") for name in columns]
-
-
-def _rate(estimate: Estimate) -> str:
-    return _figure_with_interval(f"{100 * estimate.value:.0f} %", f"{100 * estimate.low:.0f}–{100 * estimate.high:.0f}")
-
-
-def _figure_with_interval(figure: str, interval: str) -> str:
-    return f'{figure} <span class="quiet">{interval}</span>'
-
-
-def _interval_cell(rate: Estimate, base: Estimate | None) -> str:
-    """A bar with the interval as a band; the base policy, where there is one, as a thinner bar below."""
-    bars = _interval_bar(rate, 3, 16, "rate") + ("" if base is None else _interval_bar(base, 21, 7, "base"))
-    return f'<div class="cell">{_bar(22 if base is None else 30, str(rate), bars)}<span>{_rate(rate)}</span></div>'
-
-
-def _interval_bar(rate: Estimate, top: int, height: int, style: str) -> str:
-    low, high, middle = BAR_WIDTH * rate.low, BAR_WIDTH * rate.high, top + height / 2
-    whisker = f"M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"
-    return _rectangle("track", top, height, BAR_WIDTH) + _rectangle(style, top, height, BAR_WIDTH * rate.value) + _line("whisker", whisker)
-
-
-def _bar(height: int, title: str, shapes: str) -> str:
-    """An inline picture as wide as the style sheet says: bars may be squeezed, line widths stay."""
-    view = f'viewBox="0 0 {BAR_WIDTH} {height}" height="{height}" preserveAspectRatio="none"'
-    return f'<svg class="bar" {view} role="img"><title>{escape(title)}</title>{shapes}</svg>'
-
-
-def _rectangle(style: str, top: int, height: int, width: float) -> str:
-    return f'<rect class="{style}" x="0" y="{top}" width="{width:.1f}" height="{height}"/>'
-
-
-def _line(style: str, path: str) -> str:
-    return f'<path class="{style}" d="{path}" vector-effect="non-scaling-stroke"/>'
 
 
 def _episodes(skill: SkillResult) -> str:
@@ -201,14 +175,16 @@ def _latency_section(latencies_ms: dict[str, list[float]], tick_ms: float) -> st
     rows = []
     for stage, row in measured.items():
         shapes = (
-            _rectangle("track", 3, 16, BAR_WIDTH) + _rectangle("light", 3, 16, row.p99 * scale) + _rectangle("fill", 3, 16, row.p50 * scale)
+            draw_rectangle("track", 3, 16, BAR_WIDTH)
+            + draw_rectangle("light", 3, 16, row.p99 * scale)
+            + draw_rectangle("fill", 3, 16, row.p50 * scale)
         )
-        bar = _bar(22, f"p50 {row.p50:.1f} ms, p99 {row.p99:.1f} ms", shapes + _line("tick", f"M{tick_ms * scale:.1f} 0v22"))
+        bar = make_bar(22, f"p50 {row.p50:.1f} ms, p99 {row.p99:.1f} ms", shapes + draw_line("tick", f"M{tick_ms * scale:.1f} 0v22"))
         rows.append(
             [f"<b>{escape(stage)}</b>", *(f"{value:.1f}" for value in (row.p50, row.p95, row.p99, row.largest)), bar, f"{row.count:,}"]
         )
     legend = f"Milliseconds. Dark: p50, light: p99, line: one control tick ({tick_ms:.1f} ms)."
-    return f'<h2>Latency</h2>{_table(["stage", "p50", "p95", "p99", "max", "", "samples"], rows)}<p class="quiet">{legend}</p>'
+    return f'<h2>Latency</h2>{make_table(["stage", "p50", "p95", "p99", "max", "", "samples"], rows)}<p class="quiet">{legend}</p>'
 
 
 def _strip_section(strips: list[ImageStrip]) -> str:
@@ -251,19 +227,8 @@ def _provenance_section(result: DemoResult) -> str:
         for entry in result.checkpoints
     ]
     machine = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in result.machine.items())
-    listed = _table(["checkpoint", "kind", "identity"], checkpoints) if checkpoints else ""
+    listed = make_table(["checkpoint", "kind", "identity"], checkpoints) if checkpoints else ""
     return (
         f"<h2>How to repeat it</h2><pre>{escape(result.command)}</pre>{listed}"
         f"<dl><dt>seed</dt><dd>{result.seed}</dd><dt>started</dt><dd>{escape(result.started)}</dd>{machine}</dl>"
     )
-
-
-def _table(head: list[str], rows: list[list[str]], total: list[list[str]] | None = None) -> str:
-    """Cells are HTML already."""
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-
-    def body(lines: list[list[str]]) -> str:
-        return "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
-
-    foot = f"<tfoot>{body(total)}</tfoot>" if total else ""
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body(rows)}</tbody>{foot}</table></div>'
