@@ -101,7 +101,7 @@ class ThresholdClassifier(SuccessClassifier):
 def make_dream(batch: int, max_chunks: int = 3) -> Dream:
     model = CountingModel()
     starts = State(torch.zeros(5, 2), torch.arange(5.0)[:, None].expand(5, model.rssm.latent.size).clone())
-    return Dream(model, ThresholdClassifier(ClassifierConfig(model.rssm.latent.size)), starts, batch, max_chunks)
+    return Dream([model], ThresholdClassifier(ClassifierConfig(model.rssm.latent.size)), [starts], batch, max_chunks)
 
 
 def test_dream_rewards_terminates_truncates_and_restarts():

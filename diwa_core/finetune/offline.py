@@ -1,5 +1,6 @@
-"""Offline fine-tuning of one skill: classifier and start bank from recorded data, denoising PPO in imagination, no environment step.
+"""Offline fine-tuning of one skill: denoising PPO in imagination, from recorded starts, without an environment step.
 
+Which of the policies met on the way is deployed is decided in imagination too, if possible by a world model that had no part in it.
 Letters: N starts, F feature.
 """
 
@@ -7,14 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from diwa_core.errors import DataError, DiwaError
 from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
+from diwa_core.finetune.resume import guard_run, load_learner, open_metrics, save_learner
 from diwa_core.imagination.dream import Dream
 from diwa_core.policy.demonstrations import filter_episode
 from diwa_core.policy.diffusion import DiffusionPolicy
@@ -23,12 +29,55 @@ from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.rssm import State
 
 logger = logging.getLogger(__name__)
+MAX_CHUNKS = 18  # 72 steps
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`judge_every`: iterations between two candidates; `judge_episodes`: dreams that judge a candidate."""
+
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    judge_every: int = 10
+    judge_episodes: int = 384
+    report_episodes: int = 1024  # fresh dreams that measure the base policy and the chosen candidate
+    seed: int = 1
+
+
+@dataclass
+class Imagination:
+    """Where a policy is fine-tuned and judged. starts: of each model, from the same recorded frames; drivers, judges: model numbers."""
+
+    models: list[WorldModel]
+    classifier: SuccessClassifier
+    starts: list[State]
+    drivers: tuple[int, ...] = (0,)
+    judges: tuple[int, ...] = (0,)
+
+    def dream(self, batch: int, seed: int, drivers: tuple[int, ...] | None = None) -> Dream:
+        """A batch of dreams."""
+        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, drivers or self.drivers)
+
+    @torch.no_grad()
+    def success(self, policy: DiffusionPolicy, episodes: int, seed: int = 0, drivers: tuple[int, ...] | None = None) -> float:
+        """Success rate of `policy`, sampled as at deployment, in dreams of the judges (or of `drivers`)."""
+        dream = self.dream(episodes, seed, drivers or self.judges)
+        generator = torch.Generator(dream.device).manual_seed(seed)
+        feature = dream.reset()
+        done = torch.zeros(episodes, dtype=torch.bool, device=dream.device)
+        success = done.clone()
+        for _ in range(MAX_CHUNKS):
+            step = dream.step(policy.sample(feature, generator))
+            success |= step.terminated & ~done
+            done |= step.terminated | step.truncated
+            feature = step.feature
+        return success.float().mean().item()
 
 
 def demonstration_starts(model: WorldModel, episodes: list[dict[str, np.ndarray]], spread: int = 12, seed: int = 0) -> State:
     """Start bank [N]: for each demonstration, latents filtered from a reset state over the warm-up, beginning at its first frames.
 
     Beginning at frame 0 is what deployment does; beginnings up to `spread` frames later (still far from success) widen the bank.
+    The same episodes and seed give every model the same frames.
     """
     warmup, parts = model.config.warmup_frames, []
     rng = np.random.default_rng(seed)
@@ -42,49 +91,82 @@ def demonstration_starts(model: WorldModel, episodes: list[dict[str, np.ndarray]
     return State(torch.cat([p.h for p in parts]).clone(), torch.cat([p.z for p in parts]).clone())
 
 
-@torch.no_grad()
-def imagined_success(
-    model: WorldModel,
-    classifier: SuccessClassifier,
-    starts: State,
-    policy: DiffusionPolicy,
-    episodes: int = 512,
-    max_chunks: int = 18,
-    seed: int = 0,
-) -> float:
-    """Success rate of `policy`, sampled as at deployment, in imagination from the start bank."""
-    dream = Dream(model, classifier, starts, episodes, max_chunks, seed)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    feature, done, success = dream.reset(), torch.zeros(episodes, dtype=torch.bool), torch.zeros(episodes, dtype=torch.bool)
-    for _ in range(max_chunks):
-        step = dream.step(policy.sample(feature, generator))
-        success |= step.terminated & ~done
-        done |= step.terminated | step.truncated
-        feature = step.feature
-    return success.float().mean().item()
-
-
 def finetune(
-    model: WorldModel,
-    classifier: SuccessClassifier,
-    starts: State,
+    imagination: Imagination,
     policy: DiffusionPolicy,
-    config: PPOConfig,
+    config: FinetuneConfig,
     run_dir: str | Path,
-    seed: int = 0,
-    max_chunks: int = 18,
     report: Callable[[dict], None] = lambda metrics: None,
-) -> DiffusionPolicy:
-    """Denoising PPO in imagination; writes metrics.jsonl and returns the fine-tuned policy. Raises DiwaError when learning breaks down."""
+) -> tuple[DiffusionPolicy, dict]:
+    """Denoising PPO in imagination; returns the candidate that the judges found best, and what was imagined of it.
+
+    A killed run in `run_dir` goes on where it stopped, bit for bit. Candidate 0 is the base policy: a run that only does harm in the
+    judges' eyes returns it unchanged. Raises DiwaError when learning breaks down; the last good state is kept.
+    """
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    learner = DenoisingPPO(policy, Dream(model, classifier, starts, config.batch, max_chunks, seed), config, seed)
-    with (run_dir / "metrics.jsonl").open("w") as log:
-        for iteration in range(config.iterations):
-            metrics = {"iteration": iteration, **learner.iterate()}
+    guard_run(run_dir, asdict(config))
+    learner = DenoisingPPO(policy, imagination.dream(config.ppo.batch, config.seed), config.ppo, config.seed)
+    state_path = run_dir / "learner.tar"
+    choice = _Choice(policy, learner, imagination, config)
+    if state_path.exists():
+        choice.load(load_learner(state_path, learner), run_dir)
+        logger.info("resumed %s at iteration %d", run_dir, learner.iteration)
+    with open_metrics(run_dir, learner.iteration) as log:
+        while learner.iteration < config.ppo.iterations:
+            metrics = {"iteration": learner.iteration, **learner.iterate()}
             if not all(np.isfinite(value) for value in metrics.values()):
-                raise DiwaError(f"fine-tuning: metrics are not finite at iteration {iteration}: {metrics}. Lower actor_rate.")
+                raise DiwaError(
+                    f"fine-tuning: metrics are not finite at iteration {metrics['iteration']}: {metrics}. The last good state is in "
+                    f"{state_path}. Lower actor_rate (now {config.ppo.actor_rate}) and use another run folder."
+                )
+            if learner.iteration % config.judge_every == 0 or learner.iteration == config.ppo.iterations:
+                metrics["judged"] = choice.consider(run_dir)
+                save_learner(state_path, learner, choice.meta())
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             report(metrics)
-    return learner.policy.eval().requires_grad_(False)
+    return choice.result()
+
+
+class _Choice:
+    """Remembers the candidate that the judges found best."""
+
+    def __init__(self, base: DiffusionPolicy, learner: DenoisingPPO, imagination: Imagination, config: FinetuneConfig) -> None:
+        self.base, self.learner, self.imagination, self.config = base, learner, imagination, config
+        self.judged, self.iteration, self.weights = self._judge(), 0, self._copy()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.learner.policy.finetuned.state_dict().items()}
+
+    def _judge(self) -> float:
+        return self.imagination.success(self.learner.policy, self.config.judge_episodes, self.config.seed)
+
+    def consider(self, run_dir: Path) -> float:
+        """Judge the present policy."""
+        judged = self._judge()
+        if judged >= self.judged:
+            self.judged, self.iteration, self.weights = judged, self.learner.iteration, self._copy()
+            temporary = run_dir / "best.tmp"
+            save_file(self.weights, temporary)
+            os.replace(temporary, run_dir / "best.safetensors")
+        return judged
+
+    def meta(self) -> dict:
+        return {"judged": self.judged, "iteration": self.iteration}
+
+    def load(self, meta: dict, run_dir: Path) -> None:
+        self.judged, self.iteration = meta["judged"], meta["iteration"]
+        if self.iteration:
+            self.weights = load_file(run_dir / "best.safetensors", device=str(self.learner.feature.device))
+
+    def result(self) -> tuple[DiffusionPolicy, dict]:
+        """The chosen policy, and success imagined in fresh dreams: of the base and the chosen policy, by drivers and by judges."""
+        chosen = self.learner.policy
+        chosen.finetuned.load_state_dict(self.weights)
+        chosen = chosen.eval().requires_grad_(False)
+        found: dict = {"iteration": self.iteration}
+        for name, policy in (("before", self.base), ("after", chosen)):
+            arguments = (policy, self.config.report_episodes, self.config.seed + 1)
+            found[f"imagined_{name}"] = self.imagination.success(*arguments, drivers=self.imagination.drivers)
+            found[f"judged_{name}"] = self.imagination.success(*arguments)
+        return chosen, found

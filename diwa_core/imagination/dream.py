@@ -8,10 +8,12 @@ Letters: B parallel dreams, H chunk, A action, F feature, N starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from diwa_core.errors import CheckpointError, ConfigError
 from diwa_core.reward.classifier import SuccessClassifier
 from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.probe import readout
@@ -36,40 +38,91 @@ def executable(chunk: Tensor) -> Tensor:
 
 
 class Dream:
-    """`batch` episodes in imagination. Starts are filtered latents of recorded frames; the simulator is never asked."""
+    """`batch` episodes in imagination. Starts are filtered latents of recorded frames; the simulator is never asked.
+
+    models: world models that share their embedding. The first one's states are what the policy sees. `drivers` are the numbers of the
+    models that decide what happens, each in an equal share of the episodes: an ensemble is harder to exploit than one model, and a model
+    that never drove while the policy learned is an honest judge. starts: the same recorded frames as filtered by each model.
+    """
 
     def __init__(
-        self, model: WorldModel, classifier: SuccessClassifier, starts: State, batch: int, max_chunks: int = 18, seed: int = 0
+        self,
+        models: list[WorldModel],
+        classifier: SuccessClassifier,
+        starts: list[State],
+        batch: int,
+        max_chunks: int = 18,
+        seed: int = 0,
+        drivers: tuple[int, ...] = (0,),
     ) -> None:
-        self.model, self.classifier, self.starts, self.batch, self.max_chunks = model, classifier, starts, batch, max_chunks
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        if len(models) != len(starts) or not all(0 <= driver < len(models) for driver in drivers) or not drivers:
+            raise ConfigError(
+                f"a dream of {len(models)} models needs starts of each (found {len(starts)}) and drivers among them: {drivers}."
+            )
+        if not all(torch.equal(start.z, starts[0].z) for start in starts):
+            raise ConfigError("the models of a dream must share their embedding; train them with `diwa world-model train --codes`.")
+        self.models, self.classifier, self.starts, self.batch, self.max_chunks = models, classifier, starts, batch, max_chunks
+        self.device = models[0].device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        edges = torch.linspace(0, batch, len(drivers) + 1).round().long().tolist()
+        self.parts = [(driver, slice(*rows)) for driver, rows in zip(drivers, pairwise(edges), strict=True)]
         self.reset()
 
-    def _draw(self, count: int) -> State:
-        return self.starts[torch.randint(len(self.starts.h), (count,), generator=self.generator, device=self.model.device)]
+    def _draw(self) -> tuple[State, Tensor]:
+        """A start for every episode: the state that is seen, and the driver's deterministic state."""
+        pick = torch.randint(len(self.starts[0].h), (self.batch,), generator=self.generator, device=self.device)
+        return self.starts[0][pick], torch.cat([self.starts[driver].h[pick[rows]] for driver, rows in self.parts])
 
     @torch.no_grad()
     def reset(self) -> Tensor:
         """Start all episodes anew; returns features [B, F]."""
-        self.state = self._draw(self.batch)
-        self.start_readout = readout(self.model, self.state)
-        self.chunks = torch.zeros(self.batch, dtype=torch.long, device=self.model.device)
-        return self.state.feature
+        self.latent, self.driver_h = self._draw()
+        self.start_readout = readout(self.models[0], self.latent)
+        self.chunks = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        return self.latent.feature
 
     @torch.no_grad()
     def step(self, chunk: Tensor) -> DreamStep:
         """Execute `chunk` [B, H, A] open loop."""
-        success = torch.zeros(self.batch, dtype=torch.bool, device=self.model.device)
+        success = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         for action in executable(chunk).unbind(1):
-            self.state = self.model.rssm.imagine(self.state, action, self.generator)
-            success |= self.classifier.success(readout(self.model, self.state), self.start_readout)
+            self._imagine(action)
+            success |= self.classifier.success(readout(self.models[0], self.latent), self.start_readout)
         self.chunks += 1
         truncated = (self.chunks >= self.max_chunks) & ~success
-        final = self.state.feature
+        final = self.latent.feature
         done = success | truncated
         if done.any():
-            fresh = self._draw(self.batch)
-            self.state = fresh.where(done, self.state)
-            self.start_readout = torch.where(done[:, None], readout(self.model, fresh), self.start_readout)
+            fresh, fresh_h = self._draw()
+            self.latent = fresh.where(done, self.latent)
+            self.driver_h = torch.where(done[:, None], fresh_h, self.driver_h)
+            self.start_readout = torch.where(done[:, None], readout(self.models[0], fresh), self.start_readout)
             self.chunks = torch.where(done, 0, self.chunks)
-        return DreamStep(self.state.feature, final, success.float(), success, truncated)
+        return DreamStep(self.latent.feature, final, success.float(), success, truncated)
+
+    def _imagine(self, action: Tensor) -> None:
+        """One step: each episode's driver says what happens, the first model takes note of it."""
+        seer, states, driver_h = self.models[0].rssm, [], []
+        for driver, rows in self.parts:
+            state = self.latent[rows]
+            driven = self.models[driver].rssm.imagine(State(self.driver_h[rows], state.z), action[rows], self.generator)
+            states.append(driven if driver == 0 else State(seer.advance(state, action[rows]), driven.z))
+            driver_h.append(driven.h)
+        self.latent = State(torch.cat([s.h for s in states]), torch.cat([s.z for s in states]))
+        self.driver_h = torch.cat(driver_h)
+
+    # ---- resuming -----------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on."""
+        names = {"h": self.latent.h, "z": self.latent.z, "driver_h": self.driver_h, "start": self.start_readout, "chunks": self.chunks}
+        return {**names, "generator": self.generator.get_state()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `state`; raises CheckpointError when it is of another batch or model."""
+        own = self.state()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise CheckpointError("the saved dreams are of another batch size or world model; start the fine-tuning in a new run folder.")
+        self.latent, self.driver_h = State(tensors["h"], tensors["z"]), tensors["driver_h"]
+        self.start_readout, self.chunks = tensors["start"], tensors["chunks"]
+        self.generator.set_state(tensors["generator"].cpu())

@@ -1,16 +1,19 @@
 """Train a world model on play: image codes first (if the model has them), then the recurrent part.
 
 Resumable at any moment: every batch follows from (seed, step), and the state on disk is safetensors and JSON, replaced atomically.
+Several processes (`distributed.py`) share the recurrent part; the first one trains the codes and writes the run folder, which all must see.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from diwa_core.contract import PROPRIO_SIZE, low_vector
 from diwa_core.data.sequences import SequenceIndex, StreamSampler, WindowSampler, previous_actions
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import ConfigError, DataError, DiwaError
+from diwa_core.world_model.distributed import ProcessLost, Ranks
 from diwa_core.world_model.model import WorldModel, WorldModelConfig
 from diwa_core.world_model.rssm import State
 from diwa_core.world_model.vision import ImageCode
@@ -36,7 +40,7 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How to train. `horizon` is a curriculum: (share of the training at which it begins, open-loop frames)."""
 
-    steps: int = 3000
+    steps: int = 5000
     batch: int = 64
     prefix: tuple[int, ...] = (4, 16)  # observed frames at the start of a window: shortest, longest
     event_share: float = 0.4  # of the windows: chosen because one of the scene's lasting states changes in them
@@ -49,7 +53,7 @@ class TrainConfig:
     final_learning_rate: float = 3e-5
     weight_decay: float = 1e-4
     clip_norm: float = 10.0
-    code_updates: int = 2200  # of each view's image code
+    code_updates: int = 3000  # of each view's image code
     code_batch: int = 128
     code_learning_rate: float = 1e-3
     autocast: bool = True  # bfloat16 matrix products
@@ -213,18 +217,29 @@ class Trainer:
     """The training of one world model in `run_dir`; `run()` starts or resumes it."""
 
     def __init__(
-        self, model: WorldModel, data: PlayData, config: TrainConfig, run_dir: str | Path, codes_from: WorldModel | None = None
+        self,
+        model: WorldModel,
+        data: PlayData,
+        config: TrainConfig,
+        run_dir: str | Path,
+        codes_from: WorldModel | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
     ) -> None:
-        """codes_from: a trained model whose statistics and frozen image codes are used, instead of training new ones."""
+        """codes_from: a trained model whose statistics and frozen image codes are used, instead of training new ones.
+
+        ranks: the processes that share the training; with frozen codes only the first needs the pictures in `data`.
+        """
         self.model, self.data, self.config, self.run_dir, self.codes_from = model, data, config, Path(run_dir), codes_from
+        self.ranks, self.rows = ranks, ranks.rows(config.batch)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.step, self.seconds = 0, 0.0
         self.carry: State | None = None
-        recurrent = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(recurrent, config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
+        self.recurrent = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.recurrent, config.learning_rate, eps=1e-5, weight_decay=config.weight_decay)
         self._streams = StreamSampler(data.episodes, config.batch, config.stream_length, config.reset_probability, config.seed)
         self._windows: WindowSampler | None = None
-        self._guard_config()
+        if ranks.main:
+            self._guard_config()
 
     # ---- state on disk ------------------------------------------------------------------------------------------------------------
 
@@ -250,7 +265,9 @@ class Trainer:
         return self.run_dir / "training.safetensors"
 
     def save(self) -> None:
-        """Write model, optimiser and counters; a kill leaves either the old or the new file."""
+        """Write model, optimiser and counters (main process); a kill leaves either the old or the new file."""
+        if not self.ranks.main:
+            return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
@@ -288,7 +305,7 @@ class Trainer:
         return [h for s, h in zip(self.config.horizon_starts, self.config.horizons, strict=True) if progress >= s][-1]
 
     def sample(self) -> SequenceIndex:
-        """The frames of the present step's batch."""
+        """The frames of the present step's batch, all processes' together."""
         config = self.config
         if config.open_loop:
             length, prefix = self.window_length(), (config.prefix[0], config.prefix[1])
@@ -311,27 +328,30 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One optimiser step; raises DiwaError (and dumps the batch) when the loss is not finite."""
         config, model = self.config, self.model
-        batch = self.data.batch(self.sample(), model.device)
+        batch = self.data.batch(self.sample()[self.rows], model.device)
         state = self.carry if self.carry is not None and not config.open_loop else model.rssm.initial(config.batch)
         generator = torch.Generator(model.device).manual_seed(config.seed * 1_000_003 + self.step)
+        random = self.ranks.random_source(generator, config.batch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=config.autocast):
-            loss, parts, carry = model.loss(batch, state, generator)
+            loss, parts, carry = model.loss(batch, state[self.rows], random)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            self._dump(batch, loss.item())
+        metrics = self.ranks.average(self.recurrent, {"loss": loss.item(), **parts})
+        norm = torch.nn.utils.clip_grad_norm_(self.recurrent, config.clip_norm).item()
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
+            self._dump(batch, metrics["loss"])
+        carry = None if config.open_loop else State(self.ranks.gather(carry.h), self.ranks.gather(carry.z))
         self.optimizer.step()
-        self.carry = None if config.open_loop else carry
+        self.carry = carry
         self.step += 1
-        return {"loss": loss.item(), "gradient_norm": norm.item(), **parts}
+        return {"gradient_norm": norm, **metrics}
 
     def _dump(self, batch: dict, loss: float) -> None:
         """Keep the offending batch and stop before the weights are damaged."""
         flat = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | {f"images.{k}": v for k, v in batch.get("images", {}).items()}
-        path = self.run_dir / f"nan_batch_{self.step}.safetensors"
+        path = self.run_dir / f"nan_batch_{self.step}_{self.ranks.rank}.safetensors"
         save_file({k: v.detach().contiguous().cpu() for k, v in flat.items()}, path)
         raise DiwaError(f"loss {loss} at step {self.step}: the batch is in {path}, the last good state is kept. Lower learning_rate.")
 
@@ -340,10 +360,16 @@ class Trainer:
         self._prepare(report)
         metrics: dict[str, float] = {}
         last_save = time.monotonic()
-        with MetricsLog(self.run_dir, self.seconds) as log:
+        with MetricsLog(self.run_dir, self.seconds) if self.ranks.main else nullcontext() as log:
             while self.step < self.config.steps:
-                metrics = self.update()
+                try:
+                    metrics = self.update()
+                except ProcessLost:
+                    self.save()
+                    raise
                 report("world model", self.step / self.config.steps)
+                if log is None:
+                    continue
                 log.count(self.config.batch * self.window_length())
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     self.seconds = log.write(self.step, metrics)
@@ -355,7 +381,13 @@ class Trainer:
 
     def _prepare(self, report: Callable[[str, float], None]) -> None:
         """Resume, or measure the play and train the image codes; then encode the play once if the codes are frozen."""
+        with self.ranks.main_first():
+            self._prepare_one(report)
+
+    def _prepare_one(self, report: Callable[[str, float], None]) -> None:
         resumed = self.resume()
+        if not resumed and not self.ranks.main:
+            raise ConfigError(f"expected {self._state_path}, written by the first process; {self.run_dir} must be a folder that all share.")
         if resumed:
             logger.info("resumed %s at step %d", self.run_dir, self.step)
         elif self.codes_from is not None:

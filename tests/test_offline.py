@@ -1,0 +1,157 @@
+"""Dreams of several models, and offline fine-tuning that resumes, chooses and refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diwa_core.errors import CheckpointError, ConfigError, DataError, DiwaError
+from diwa_core.finetune.offline import FinetuneConfig, Imagination, demonstration_starts, finetune
+from diwa_core.finetune.ppo import PPOConfig
+from diwa_core.imagination.dream import Dream
+from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
+from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
+from diwa_core.world_model.model import SIZES, WorldModel
+from diwa_core.world_model.rssm import State
+
+SMALL = replace(SIZES["lowdim"], deterministic=8, hidden=8)
+PPO = PPOConfig(iterations=6, batch=16, chunks=3, finetuned_steps=2, epochs=1, minibatch=64, critic_warmup=1)
+
+
+class ForwardClassifier(SuccessClassifier):
+    """Success once the arm's commanded x has moved on by 0.3 deviations."""
+
+    def success(self, now, start):
+        return now[:, 18] - start[:, 18] > 0.3
+
+
+def make_model(seed: int) -> WorldModel:
+    torch.manual_seed(seed)
+    return WorldModel(SMALL).eval().requires_grad_(False)
+
+
+def make_imagination(**changes) -> Imagination:
+    models = [make_model(0), make_model(1)]
+    torch.manual_seed(2)
+    z = torch.randn(7, models[0].rssm.latent.size) * 0.1
+    starts = [State(torch.full((7, 8), 0.1 * i), z) for i in range(2)]
+    classifier = ForwardClassifier(ClassifierConfig(models[0].rssm.latent.size))
+    return replace(Imagination(models, classifier, starts, drivers=(0,), judges=(1,)), **changes)
+
+
+def make_policy(imagination: Imagination) -> DiffusionPolicy:
+    torch.manual_seed(3)
+    config = PolicyConfig(feature_size=imagination.models[0].feature_size, hidden=(16, 16, 16), denoising_steps=4, sampler_steps=4)
+    return DiffusionPolicy(config).eval().requires_grad_(False)
+
+
+def test_the_driver_decides_and_the_first_model_takes_note():
+    imagination = make_imagination()
+    dream = imagination.dream(5, seed=0, drivers=(0, 1))
+    seer, driver = (model.rssm for model in imagination.models)
+    rows = {0: slice(0, 2), 1: slice(2, 5)}
+    seen, driven_h = State(dream.latent.h.clone(), dream.latent.z.clone()), dream.driver_h.clone()
+    assert torch.equal(driven_h[rows[0]], seen.h[rows[0]]) and (driven_h[rows[1]] == 0.1).all()
+    action = torch.rand(5, 1, 7) * 0.01
+    action[..., 6] = 1.0
+    dream.step(action)
+    own = seer.imagine(seen[rows[0]], action[rows[0], 0])
+    other = driver.imagine(State(driven_h[rows[1]], seen.z[rows[1]]), action[rows[1], 0])
+    assert torch.allclose(dream.latent.z, torch.cat([own.z, other.z]), atol=1e-6)
+    assert torch.allclose(dream.latent.h, seer.advance(seen, action[:, 0]), atol=1e-6)
+    assert torch.allclose(dream.driver_h, torch.cat([own.h, other.h]), atol=1e-6)
+
+
+def test_an_ensemble_of_equal_models_dreams_as_one():
+    imagination = make_imagination()
+    twice = replace(imagination, models=[imagination.models[0]] * 2, starts=[imagination.starts[0]] * 2)
+    alone, together = imagination.dream(6, 0, drivers=(0,)), twice.dream(6, 0, drivers=(0, 1))
+    for _ in range(4):
+        action = torch.rand(6, 2, 7)
+        first, second = alone.step(action), together.step(action)
+        assert torch.allclose(first.feature, second.feature, atol=1e-5) and torch.equal(first.terminated, second.terminated)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"drivers": (2,)}, {"drivers": ()}, {"starts": []}, {"starts": [State(torch.zeros(7, 8), torch.zeros(7, 33))] * 2}]
+)
+def test_dreams_that_do_not_fit_their_models_are_refused(arguments):
+    imagination = make_imagination()
+    if len(arguments.get("starts", ())) == 2:
+        arguments = {"starts": [imagination.starts[0], arguments["starts"][0]]}
+    fields = {"starts": imagination.starts, "drivers": (0,)} | arguments
+    with pytest.raises(ConfigError, match="models of a dream|a dream of"):
+        Dream(imagination.models, imagination.classifier, fields["starts"], 4, drivers=fields["drivers"])
+
+
+def test_a_killed_fine_tuning_goes_on_bit_for_bit(tmp_path):
+    imagination = make_imagination(drivers=(0, 1))
+    policy = make_policy(imagination)
+    config = FinetuneConfig(PPO, judge_every=2, judge_episodes=16, report_episodes=16)
+    whole, found = finetune(imagination, policy, config, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def kill(metrics):
+        if metrics["iteration"] == 4:  # after the state of iteration 3 was saved, so one iteration is done again
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(imagination, policy, config, tmp_path / "cut", kill)
+    resumed, again = finetune(imagination, policy, config, tmp_path / "cut")
+    assert again == found
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "cut")]
+    assert rows[0] == rows[1] and [row["iteration"] for row in rows[0]] == list(range(6))
+
+
+def test_another_configuration_does_not_continue_a_run(tmp_path):
+    imagination = make_imagination()
+    config = FinetuneConfig(PPO, judge_every=2, judge_episodes=8, report_episodes=8)
+    finetune(imagination, make_policy(imagination), config, tmp_path)
+    with pytest.raises(ConfigError, match="judge_every"):
+        finetune(imagination, make_policy(imagination), replace(config, judge_every=3), tmp_path)
+
+
+def test_the_judges_choose_among_all_candidates_and_the_base(tmp_path, monkeypatch):
+    imagination = make_imagination()
+    policy = make_policy(imagination)
+    answers = iter([0.5, 0.4, 0.7, 0.6, 0.1, 0.2, 0.3, 0.4])  # base, iterations 2, 4, 6, then the report
+    weights = []
+
+    def success(self, judged, *_, **__):
+        if judged.finetuned is not None:
+            weights.append({name: value.clone() for name, value in judged.finetuned.state_dict().items()})
+        return next(answers)
+
+    monkeypatch.setattr(Imagination, "success", success)
+    chosen, found = finetune(imagination, policy, FinetuneConfig(PPO, judge_every=2), tmp_path)
+    assert found == {"iteration": 4, "imagined_before": 0.1, "judged_before": 0.2, "imagined_after": 0.3, "judged_after": 0.4}
+    assert all(torch.equal(value, weights[2][name]) for name, value in chosen.finetuned.state_dict().items())
+    answers = iter([0.5, 0.4, 0.3, 0.2, 0, 0, 0, 0])
+    unchanged, found = finetune(imagination, policy, FinetuneConfig(PPO, judge_every=2), tmp_path / "harm")
+    assert found["iteration"] == 0
+    assert all(torch.equal(value, policy.base.state_dict()[name]) for name, value in unchanged.finetuned.state_dict().items())
+
+
+def test_learning_that_breaks_down_keeps_the_last_good_state(tmp_path):
+    imagination = make_imagination()
+    wild = FinetuneConfig(replace(PPO, actor_rate=1e25), judge_every=1, judge_episodes=8, report_episodes=8)
+    with pytest.raises(DiwaError, match="not finite.*Lower actor_rate"):
+        finetune(imagination, make_policy(imagination), wild, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert rows and all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+    assert (tmp_path / "learner.tar").exists()
+
+
+def test_saved_dreams_of_another_batch_are_refused():
+    imagination = make_imagination()
+    with pytest.raises(CheckpointError, match="another batch"):
+        imagination.dream(4, 0).load_state(imagination.dream(5, 0).state())
+
+
+def test_no_demonstrations_no_starts():
+    with pytest.raises(DataError, match="found none"):
+        demonstration_starts(make_model(0), [])
