@@ -11,9 +11,12 @@ from diwa_interfaces.msg import ControllerStatus, RobotCommand, SimState
 from rclpy.action import ActionClient
 from ros_support import ABOVE_BUTTON, Probe, make_checkpoints, make_graph, private_graph
 
-from diwa_core.errors import DataError
+from diwa_core.checkpoint import load_checkpoint
+from diwa_core.contract import Contract
+from diwa_core.errors import DataError, GateError
+from diwa_core.evaluate.comparison import compare_policies
 from diwa_core.evaluate.rollout import AFTER_SUCCESS, run_episode
-from diwa_core.policy.store import load_policy
+from diwa_core.policy.store import load_policy, save_policy
 from diwa_core.sim.play_table import PlayTable
 from diwa_core.sim.skills import start_states
 from diwa_core.world_model.filter import LatentFilter
@@ -59,6 +62,40 @@ def test_lockstep_gives_the_same_episodes_as_without_ros(checkpoints, tmp_path):
                 evaluator.run_episode(GraphEpisode("close_drawer"))
         assert graph.stop() == dict.fromkeys(("calvin_bridge", "franka_controller", "encoder", "policy"), 0)
     env.close()
+
+
+def test_graph_compares_policies_as_the_simulator_does(checkpoints, tmp_path):
+    """The same function with another runner: swapped on the running graph, the fine-tuned policy does what it does without ROS."""
+    (base, origin), skill = load_policy(checkpoints / "policies" / "open_drawer"), "open_drawer"
+    tuned = base.add_finetuned(10).requires_grad_(False)
+    for weight in tuned.finetuned.parameters():
+        weight += 0.05
+    save_policy(tmp_path / "finetuned" / skill, tuned, Contract(), skill, origin.lineage["world_model"], {"base": origin.identity})
+    pair, options = (checkpoints / "policies", tmp_path / "finetuned"), {"starts": 2, "max_steps": 13}
+    env, latent_filter = PlayTable(), LatentFilter.load(checkpoints / "world_model")
+    scenes = {}
+
+    def simulate(plans, report):
+        for plan in plans:
+            start, policy = start_states(skill, 2, 0)[plan.index], load_policy(plan.policy)[0]
+            result = run_episode(env, latent_filter, policy, skill, start, plan.noise_seed, plan.max_steps)
+            scenes[plan] = result.final_scene_obs
+            report(plan, result)
+
+    expected = compare_policies([pair], tmp_path / "simulator.jsonl", simulate, **options)
+    env.close()
+    with private_graph(), make_graph(checkpoints, tmp_path, mode="lockstep"), GraphEvaluator() as evaluator:
+        found = {}
+
+        def run(plans, report):
+            evaluator.run_plans(plans, lambda plan, result: (found.update({plan: result}), report(plan, result)))
+
+        assert compare_policies([pair], tmp_path / "graph.jsonl", run, **options) == expected
+        np.testing.assert_array_equal([found[plan].final_scene_obs for plan in scenes], list(scenes.values()))
+        identity = load_checkpoint(tmp_path / "finetuned" / skill).identity
+        assert [result.checkpoint_id for result in found.values()] == [origin.identity] * 2 + [identity] * 2
+        with pytest.raises(GateError, match="gate 'skill': expected turn_on_led, found open_drawer"):
+            evaluator.load_policy(tmp_path / "finetuned" / skill, "turn_on_led")
 
 
 def test_killed_policy_is_held_in_time_and_the_arm_rests(checkpoints, tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from diwa_core.checkpoint import load_checkpoint
+from diwa_core.errors import SetupError
 from diwa_core.evaluate.rollout import MAX_STEPS, EpisodeResult, run_episode
 from diwa_core.policy.store import load_policy
 from diwa_core.sim.skills import start_states
@@ -75,13 +78,23 @@ def evaluate(
     workers: int | None = None,
     report: Callable[[EpisodePlan, EpisodeResult], None] = lambda plan, result: None,
 ) -> list[EpisodeResult]:
-    """Run `plans` on `workers` processes (default: one per core); results in the order of the plans, whatever the number of workers."""
+    """Run `plans` on `workers` processes (default: one per core); results in the order of the plans, whatever the number of workers.
+
+    Raises CheckpointError on a world model or policy that cannot be used, SetupError when a process dies.
+    """
     plans = list(plans)
+    load_checkpoint(world_model, "world_model")  # refused here in one sentence, and not in every worker
     context = multiprocessing.get_context("spawn")
     workers = workers or min(len(plans), multiprocessing.cpu_count())
     results = []
-    with ProcessPoolExecutor(workers, context, _start_worker, (str(world_model), 1)) as pool:
-        for plan, result in zip(plans, pool.map(_run_plan, plans), strict=True):
-            report(plan, result)
-            results.append(result)
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (str(world_model), 1)) as pool:
+            for plan, result in zip(plans, pool.map(_run_plan, plans), strict=True):
+                report(plan, result)
+                results.append(result)
+    except BrokenProcessPool as error:
+        raise SetupError(
+            f"evaluation: expected {workers} simulator processes, found one that ended after {len(results)} episodes ({error}). "
+            "Its last lines say why; where memory ran out, use fewer --workers."
+        ) from error
     return results

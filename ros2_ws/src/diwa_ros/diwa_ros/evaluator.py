@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import rclpy
 from diwa_interfaces.action import RunSkill
 from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction, LatentState, PolicyStatus, RobotCommand, SimState
-from diwa_interfaces.srv import ResetSim
+from diwa_interfaces.srv import LoadPolicy, ResetSim
 from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.task import Future
@@ -21,7 +23,11 @@ from rclpy.utilities import remove_ros_args
 from sensor_msgs.msg import Image
 
 from diwa_core.contract import Contract
-from diwa_core.errors import DataError, DiwaError, SetupError
+from diwa_core.errors import DataError, DiwaError, GateError, SetupError
+from diwa_core.evaluate.comparison import compare_policies
+from diwa_core.evaluate.comparison_report import write_comparison_report
+from diwa_core.evaluate.evaluation import EpisodePlan, noise_seed
+from diwa_core.evaluate.rollout import MAX_STEPS
 from diwa_core.sim.skills import SkillOracle
 from diwa_ros.images import read_image_numpy
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_float64, to_ns
@@ -38,7 +44,7 @@ class GraphEpisode:
     split: str = "evaluation"
     list_seed: int = 0
     noise_seed: int = 0
-    max_steps: int = 72
+    max_steps: int = MAX_STEPS
     state: tuple[float, ...] = ()
 
 
@@ -89,6 +95,7 @@ class GraphEvaluator:
         self.executor = SingleThreadedExecutor()
         self.executor.add_node(self.node)
         self.reset_client = self.node.create_client(ResetSim, "sim/reset")
+        self.load_client = self.node.create_client(LoadPolicy, "policy/load")
         self.action_client = ActionClient(self.node, RunSkill, "run_skill")
         self.log = _Log()
         self.episode_number: int | None = None
@@ -143,6 +150,33 @@ class GraphEvaluator:
         """Run episodes one after the other, giving each result as soon as it is there. Raises DataError when the graph refuses."""
         for episode in episodes:
             yield self.run_episode(episode)
+
+    def run_plans(self, plans: Iterable[EpisodePlan], report: Callable[[EpisodePlan, GraphResult], None]) -> None:
+        """As `diwa_core.evaluate.evaluation.evaluate`, on the graph: swaps policies on it as the plans ask.
+
+        Raises DataError as `run_episode` does, also when somebody else swaps a policy, and GateError as `load_policy` does.
+        """
+        running, identity = ("", ""), ""
+        for plan in plans:
+            if running != (plan.skill, plan.policy):
+                running, identity = (plan.skill, plan.policy), self.load_policy(plan.policy, plan.skill)
+            episode = GraphEpisode(plan.skill, plan.index, plan.split, plan.list_seed, plan.noise_seed, plan.max_steps)
+            result = self.run_episode(episode)
+            if result.checkpoint_id != identity:
+                raise DataError(
+                    f"{plan.skill}: expected policy {identity[:16]} to have run, found {result.checkpoint_id[:16]}. Who swapped it?"
+                )
+            report(plan, result)
+
+    def load_policy(self, path: str | Path, skill: str = "") -> str:
+        """Swap the policy of a skill on the running graph; returns the identity of the new one. Raises GateError when it is refused."""
+        if not self._spin_until(self.load_client.service_is_ready):
+            raise SetupError(f"policy/load: expected the policy node's service within {self.timeout_s:g} s, found none. Is the graph up?")
+        request = LoadPolicy.Request(path=str(Path(path).absolute()), skill=skill)  # the node may have been started elsewhere
+        response = self._await(self.load_client.call_async(request), "policy/load")
+        if not response.success:
+            raise GateError(f"policy/load refused {path}: {response.message}")
+        return response.checkpoint_id
 
     def run_episode(self, episode: GraphEpisode) -> GraphResult:
         """Reset, run, judge. Raises SetupError when the graph is not there, DataError when it refuses or does not answer."""
@@ -270,31 +304,64 @@ class GraphEvaluator:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m diwa_ros.evaluator --skill open_drawer --episodes 5`: one JSON line per episode; 1 when the graph does not answer."""
+    """`python -m diwa_ros.evaluator --skill open_drawer --episodes 5`: one JSON line per episode; 1 when the graph does not answer.
+    With --pair it compares folders of policies as `diwa evaluate --pair` does, but on the graph, swapping them on it."""
     parser = argparse.ArgumentParser(prog="evaluator", description=main.__doc__)
     parser.add_argument("--skill", action="append", help="skill to run; repeat for several (default: all the policy node has)")
     parser.add_argument("--episodes", type=int, default=3, help="episodes of each skill")
     parser.add_argument("--split", default="evaluation", help="list of start states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the policy's noise")
-    parser.add_argument("--max-steps", type=int, default=72)
+    parser.add_argument("--max-steps", type=int, default=MAX_STEPS)
+    parser.add_argument(
+        "--pair", nargs=2, action="append", metavar=("BASE", "FINETUNED"), help="folders of policies to compare; repeat for seeds"
+    )
+    parser.add_argument("--out", type=Path, default=Path("reports/graph"), help="folder for what --pair writes")
     options = parser.parse_args(remove_ros_args(sys.argv if arguments is None else arguments)[1:])
     rclpy.init()
     try:
         with GraphEvaluator() as evaluator:
-            skills = options.skill or evaluator.wait_ready()
-            plan = [
-                GraphEpisode(skill, index, options.split, 0, options.seed * 100_003 + index, options.max_steps)
-                for skill in skills
-                for index in range(options.episodes)
-            ]
-            for result in evaluator.run(plan):
-                print(json.dumps(summarise(result)), flush=True)
+            if options.pair:
+                compare_on_graph(evaluator, options)
+            else:
+                run_skills(evaluator, options)
     except DiwaError as error:
         print(f"evaluator: {error}", file=sys.stderr)
         return 1
     finally:
         rclpy.try_shutdown()
     return 0
+
+
+def run_skills(evaluator: GraphEvaluator, options: argparse.Namespace) -> None:
+    """Print one JSON line per episode of the policies that are on the graph."""
+    skills = options.skill or evaluator.wait_ready()
+    plan = [
+        GraphEpisode(skill, index, options.split, 0, noise_seed(options.seed, index), options.max_steps)
+        for skill in skills
+        for index in range(options.episodes)
+    ]
+    for result in evaluator.run(plan):
+        print(json.dumps(summarise(result)), flush=True)
+
+
+def compare_on_graph(evaluator: GraphEvaluator, options: argparse.Namespace) -> None:
+    """Write comparison.json, report.html and episodes.jsonl; the policies that ran last stay on the graph."""
+    comparison = compare_policies(
+        options.pair,
+        options.out / "episodes.jsonl",
+        evaluator.run_plans,
+        options.skill or (),
+        options.episodes,
+        options.split,
+        options.seed,
+        options.max_steps,
+        runner="ROS 2 graph",
+    )
+    comparison.write(options.out / "comparison.json")
+    page = write_comparison_report(
+        options.out / "report.html", comparison, shlex.join(["python", "-m", "diwa_ros.evaluator", *sys.argv[1:]])
+    )
+    print(f"mean success {comparison.base} -> {comparison.finetuned}, gain {comparison.gain}; {page}")
 
 
 def summarise(result: GraphResult) -> dict[str, object]:
