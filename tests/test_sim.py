@@ -332,6 +332,24 @@ def test_play_does_not_depend_on_the_number_of_workers(tmp_path):
     assert PlayStore.open(tmp_path / "one").settings["seed"] == 3
 
 
+def test_a_cut_off_store_is_continued_and_equals_one_made_at_once(tmp_path, monkeypatch):
+    short, made = play.PlaySettings(episode_frames=40), play.play_episode
+
+    def cut_off(seed, number, settings):
+        if number == 1:
+            raise KeyboardInterrupt
+        return made(seed, number, settings)
+
+    whole = play.generate_play(tmp_path / "whole", 80, 3, 1, short)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(play, "play_episode", cut_off)
+        play.generate_play(tmp_path / "cut", 80, 3, 1, short)
+    assert PlayStore.open(tmp_path / "cut").episodes == [(0, 40)]
+    assert play.generate_play(tmp_path / "cut", 80, 3, 1, short).content_hash == whole.content_hash
+    with pytest.raises(DataError, match="at most the 1 episodes asked for, found 2"):
+        play.generate_play(tmp_path / "cut", 40, 3, 1, short)
+
+
 def test_recorded_actions_lead_from_frame_to_frame(table):
     episode = play.play_episode(5, 0, play.PlaySettings(episode_frames=60))
     table.reset(options={"state": draw_state(None, np.random.default_rng([5, 0]))})
@@ -351,6 +369,13 @@ def test_demonstrations_warm_up_and_end_with_success():
     oracle = SkillOracle("turn_on_led", episode["scene_obs"][0])
     assert [oracle.success(scene) for scene in episode["scene_obs"]] == [False] * (len(episode["actions"]) - 1) + [True]
     assert set(episode["skill"]) == {SKILLS.index("turn_on_led")}
+
+
+def test_a_store_of_one_skills_demonstrations_holds_the_same_as_one_of_many(tmp_path):
+    both = demos.generate_demonstrations(tmp_path / "both", 1, 2, workers=1, skills=("turn_on_led", "open_drawer"))
+    one = demos.generate_demonstrations(tmp_path / "one", 1, 2, workers=1, skills=("open_drawer",))
+    start, end = both.episodes[1]
+    np.testing.assert_array_equal(both.read("robot_obs", start, end), one.load(("robot_obs",))["robot_obs"])
 
 
 def test_vector_of_play_tables_equals_single_ones(table):

@@ -147,3 +147,29 @@ def test_broken_and_missing_chunks(store):
     chunk.unlink()
     with pytest.raises(DataError, match="rgb_static"):
         PlayStore.open(store.path)
+
+
+def test_an_episode_whose_end_was_never_written_does_not_count(store):
+    store.group["episode_ends"].resize((3,))  # what a kill between the two steps of the commit leaves
+    opened = PlayStore.open(store.path)
+    assert opened.episodes == [(0, 300), (300, 307)] and len(opened) == 307
+    opened.append_episode(make_episode(5, seed=3))
+    assert PlayStore.open(store.path).episodes == [(0, 300), (300, 307), (307, 312)]
+
+
+def test_a_store_is_continued_only_with_the_settings_it_was_begun_with(store):
+    assert PlayStore.create_or_continue(store.path, Contract(), {"seed": 4}).episodes == store.episodes
+    with pytest.raises(DataError, match="expected a store made with seed = 5, found seed = 4"):
+        PlayStore.create_or_continue(store.path, Contract(), {"seed": 5})
+    with pytest.raises(DataError, match="noise"):
+        PlayStore.create_or_continue(store.path, Contract(), {"seed": 4, "noise": 1.0})
+
+
+def test_a_store_is_begun_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("diwa_core.data.store.os", None)  # ends as a kill before the last step does
+    with pytest.raises(AttributeError):
+        PlayStore.create_or_continue(tmp_path / "play", Contract(), {"seed": 4})
+    monkeypatch.undo()
+    assert not (tmp_path / "play").exists()
+    assert PlayStore.create_or_continue(tmp_path / "play", Contract(), {"seed": 4}).episodes == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["play"]

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train and write a checkpoint."""
-    from diwa_core.cli.progress import stage_progress
+    from diwa_core.cli.progress import stage_progress, stop_between_updates
     from diwa_core.data.store import PlayStore
     from diwa_core.world_model.filter import load_world_model, save_world_model
     from diwa_core.world_model.model import SIZES, WorldModel
@@ -70,8 +70,8 @@ def train(args: argparse.Namespace) -> int:
     logging.getLogger(__name__).info("%s\n%d frames of play", model, len(data.low))
     codes_from, codes = load_world_model(args.codes, device=args.device) if args.codes else (None, None)
     trainer = Trainer(model, data, training, args.run_dir, codes_from)
-    with stage_progress() as progress:
-        metrics = trainer.run(progress)
+    with stage_progress() as progress, stop_between_updates(progress, lambda: trainer.step and trainer.save()) as report:
+        metrics = trainer.run(report)
     lineage = {
         "play": [store.content_hash for store in stores],
         "training": to_dict(training),

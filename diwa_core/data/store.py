@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,9 @@ class PlayStore:
         unknown = [name for name in fields if name not in FIELDS]
         if missing or unknown:
             raise DataError(f"{path}: a play store needs {missing or 'nothing more'} and does not know {unknown or 'nothing else'}.")
-        group = zarr.open_group(path, mode="w", zarr_format=3)
+        temporary = path.with_name(f".{path.name}.new")  # so that a kill leaves a whole store or none
+        shutil.rmtree(temporary, ignore_errors=True)
+        group = zarr.open_group(temporary, mode="w", zarr_format=3)
         header = {"format": FORMAT, "version": FORMAT_VERSION, "contract": contract.to_dict(), "settings": settings or {}}
         group.attrs.update(header)
         for name in fields:
@@ -83,7 +87,26 @@ class PlayStore:
                 ],
             )
         group.create_array("episode_ends", shape=(0,), chunks=(4096,), dtype="int64")
-        return PlayStore(path, group, contract, tuple(fields), settings or {})
+        os.replace(temporary, path)
+        return PlayStore(path, zarr.open_group(path, mode="r+"), contract, tuple(fields), settings or {})
+
+    @staticmethod
+    def create_or_continue(path: str | Path, contract: Contract, settings: dict) -> PlayStore:
+        """Make an empty store, or open one that was begun with the same contract and settings, to append what is missing.
+
+        Raises DataError if `path` holds anything else.
+        """
+        if not (Path(path) / "zarr.json").exists():
+            return PlayStore.create(path, contract, settings)
+        store = PlayStore.open(path)
+        difference = contract.difference(store.contract)
+        for key in sorted(settings.keys() | store.settings.keys()):
+            wanted, found = settings.get(key), store.settings.get(key)
+            if wanted != found:
+                difference = f"expected a store made with {key} = {wanted}, found {key} = {found}"
+        if difference:
+            raise DataError(f"{path}: {difference}. Ask for the same settings, choose another path, or remove this store.")
+        return store
 
     @staticmethod
     def open(path: str | Path) -> PlayStore:
@@ -132,6 +155,8 @@ class PlayStore:
         if "episode_ends" not in self.group:
             raise DataError(f"{self.path}: expected the array 'episode_ends', found none. The store is broken.")
         ends = [int(end) for end in self.group["episode_ends"][:]]
+        if ends and ends[-1] == 0:
+            ends.pop()  # its entry was made, but a crash came before its value
         return list(zip([0, *ends][: len(ends)], ends, strict=True))
 
     def append_episode(self, episode: dict[str, np.ndarray]) -> None:
@@ -140,7 +165,7 @@ class PlayStore:
         Raises ContractError on a missing field, a wrong shape, unequal lengths or values that are not finite.
         """
         arrays = self._validate(episode)
-        start = len(self)
+        count, start = len(self.episodes), len(self)
         end = start + len(arrays["actions"])
         with zarr.config.set({"array.write_empty_chunks": True}):  # so that a chunk that is not there is always an error
             for name, values in arrays.items():
@@ -148,8 +173,8 @@ class PlayStore:
                 array.resize((end, *array.shape[1:]))
                 array[start:end] = values
         ends = self.group["episode_ends"]  # written last: an episode cut off by a crash does not count
-        ends.resize((ends.shape[0] + 1,))
-        ends[-1] = end
+        ends.resize((count + 1,))
+        ends[count] = end
 
     def _validate(self, episode: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if set(episode) != set(self.fields):

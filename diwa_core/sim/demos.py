@@ -8,16 +8,16 @@ with the first frame on which the skill has succeeded.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
-from diwa_core.contract import Contract, hold_action
+from diwa_core.contract import hold_action
 from diwa_core.data.store import PlayStore
-from diwa_core.errors import DataError
+from diwa_core.errors import DataError, DiwaError
 from diwa_core.sim.experts import Expert, Style
 from diwa_core.sim.play_table import PlayTable
-from diwa_core.sim.record import EpisodeRecorder, make_in_order
+from diwa_core.sim.record import EpisodeRecorder, make_in_order, write_episodes
 from diwa_core.sim.skills import SKILLS, SkillOracle, check_skill, start_state
 
 WARM_UP_FRAMES = 4  # frames filtered until a policy acts, on the last of them
@@ -68,26 +68,43 @@ def collect_demonstrations(skill: str, count: int, seed: int, noise: float = DEF
     return list(make_in_order(demonstrate, jobs, workers))
 
 
-def generate_demonstrations(path: str, per_skill: int, seed: int, noise: float = DEFAULT_NOISE, workers: int = 2) -> PlayStore:
-    """Write a store with `per_skill` demonstrations of all eight skills, skill after skill; the same for any number of workers."""
+def generate_demonstrations(
+    path: str,
+    per_skill: int,
+    seed: int,
+    noise: float = DEFAULT_NOISE,
+    workers: int = 2,
+    skills: tuple[str, ...] = SKILLS,
+    report: Callable[[str, float], None] = lambda stage, done: None,
+) -> PlayStore:
+    """Write a store with `per_skill` demonstrations of each skill, skill after skill, or the missing part of one that was cut off.
+
+    The same for any number of workers. Raises DataError if `path` holds anything else.
+    """
     settings = {"generator": "demonstrations", "seed": seed, "per_skill": per_skill, "noise": noise, "warm_up_frames": WARM_UP_FRAMES}
-    store = PlayStore.create(path, Contract(), settings)
-    jobs = [(skill, number, seed, noise) for skill in SKILLS for number in range(per_skill)]
-    for episode in tqdm(make_in_order(demonstrate, jobs, workers), total=len(jobs), unit="episode", desc="demonstrations"):
-        store.append_episode(episode)
-    return store
+    if tuple(skills) != SKILLS:
+        settings["skills"] = [check_skill(skill) for skill in skills]
+    jobs = [(skill, number, seed, noise) for skill in skills for number in range(per_skill)]
+    return write_episodes(path, settings, demonstrate, jobs, workers, report)
 
 
 def main() -> None:
-    """Command line of the generator."""
+    """Command line of the generator; stopped, the same command goes on."""
+    from diwa_core.cli.progress import stage_progress
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--per-skill", type=int, default=20)
+    parser.add_argument("--skills", nargs="+", default=SKILLS, choices=SKILLS, metavar="SKILL", help="default: all eight")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--noise", type=float, default=DEFAULT_NOISE)
     parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    generate_demonstrations(arguments.out, arguments.per_skill, arguments.seed, arguments.noise, arguments.workers)
+    args = parser.parse_args()
+    try:
+        with stage_progress() as progress:
+            generate_demonstrations(args.out, args.per_skill, args.seed, args.noise, args.workers, tuple(args.skills), progress)
+    except DiwaError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from tqdm import tqdm
 
-from diwa_core.contract import Contract
 from diwa_core.data.store import PlayStore
+from diwa_core.errors import DiwaError
 from diwa_core.sim.experts import AT_SWITCH, DOWN, Expert, Mover, Style, Waypoint
 from diwa_core.sim.play_table import PlayTable
-from diwa_core.sim.record import EpisodeRecorder, make_in_order
+from diwa_core.sim.record import EpisodeRecorder, write_episodes
 from diwa_core.sim.skills import DRAWER, SKILLS, SLIDER, SWITCH, draw_state, has_room
 
 REACH_LOWER, REACH_UPPER = np.array([-0.30, -0.45, 0.44]), np.array([0.34, -0.02, 0.72])
@@ -119,21 +119,27 @@ def _choose_skill(scene_obs: np.ndarray, rng: np.random.Generator, settings: Pla
     return SKILLS.index(rng.choice(names, p=weights / weights.sum()))
 
 
-def generate_play(path: str, frames: int, seed: int, workers: int, settings: PlaySettings | None = None) -> PlayStore:
-    """Write a play store of at least `frames` frames; the same for any number of workers. Raises DataError if `path` is taken."""
+def generate_play(
+    path: str,
+    frames: int,
+    seed: int,
+    workers: int,
+    settings: PlaySettings | None = None,
+    report: Callable[[str, float], None] = lambda stage, done: None,
+) -> PlayStore:
+    """Write a play store of at least `frames` frames, or the missing part of one that was cut off; the same for any number of workers.
+
+    Raises DataError if `path` holds anything else.
+    """
     settings = settings or PlaySettings()
-    store = PlayStore.create(path, Contract(), {"generator": "play", "seed": seed, **asdict(settings)})
-    count = -(-frames // settings.episode_frames)
-    jobs = [(seed, number, settings) for number in range(count)]
-    with tqdm(total=count * settings.episode_frames, unit="frame", desc="play") as bar:
-        for episode in make_in_order(play_episode, jobs, workers):
-            store.append_episode(episode)
-            bar.update(len(episode["actions"]))
-    return store
+    jobs = [(seed, number, settings) for number in range(-(-frames // settings.episode_frames))]
+    return write_episodes(path, {"generator": "play", "seed": seed, **asdict(settings)}, play_episode, jobs, workers, report)
 
 
 def main() -> None:
-    """Command line of the generator."""
+    """Command line of the generator; stopped, the same command goes on."""
+    from diwa_core.cli.progress import stage_progress
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=120_000)
     parser.add_argument("--out", required=True)
@@ -144,7 +150,11 @@ def main() -> None:
     parser.add_argument("--button-weight", type=float, default=defaults.button_weight, help="how often the button is tried")
     arguments = parser.parse_args()
     settings = PlaySettings(arguments.episode_frames, button_weight=arguments.button_weight)
-    generate_play(arguments.out, arguments.frames, arguments.seed, arguments.workers, settings)
+    try:
+        with stage_progress() as progress:
+            generate_play(arguments.out, arguments.frames, arguments.seed, arguments.workers, settings, progress)
+    except DiwaError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

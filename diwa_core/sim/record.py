@@ -1,14 +1,17 @@
-"""Recording a PlayTable frame by frame, and making episodes in parallel with results that do not depend on the number of workers."""
+"""Recording a PlayTable frame by frame, and making stores of episodes in parallel that do not depend on the number of workers."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diwa_core.errors import ConfigError
+from diwa_core.contract import Contract
+from diwa_core.data.store import PlayStore
+from diwa_core.errors import ConfigError, DataError
 from diwa_core.sim.play_table import PlayTable
 
 
@@ -37,11 +40,28 @@ class EpisodeRecorder:
         return {name: np.stack([frame[name] for frame in self.frames]) for name in self.frames[0]}
 
 
+def write_episodes(
+    path: str | Path, settings: dict, make: Callable[..., Any], jobs: list[tuple], workers: int, report: Callable[[str, float], None]
+) -> PlayStore:
+    """Write a store with the episode make(*job) of every job; one of the same settings that was cut off gets the missing ones.
+
+    report(settings["generator"], share done). Raises DataError if `path` holds anything else, or more episodes than asked for.
+    """
+    store = PlayStore.create_or_continue(path, Contract(), settings)
+    done = len(store.episodes)
+    if done > len(jobs):
+        raise DataError(f"{path}: expected at most the {len(jobs)} episodes asked for, found {done}. Choose another path or remove it.")
+    for number, episode in enumerate(make_in_order(make, jobs[done:], workers), start=done + 1):
+        store.append_episode(episode)
+        report(settings["generator"], number / len(jobs))
+    return store
+
+
 def make_in_order(make: Callable[..., Any], jobs: list[tuple], workers: int) -> Iterator[Any]:
     """Yield make(*job) for every job in order, computed by `workers` fresh processes (1: here)."""
     if workers < 1:
         raise ConfigError(f"workers: expected at least 1, found {workers}.")
-    if workers == 1:
+    if workers == 1 or not jobs:
         yield from (make(*job) for job in jobs)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
