@@ -23,6 +23,10 @@ class SequenceIndex:
     first: np.ndarray
     observed: np.ndarray
 
+    def __getitem__(self, rows: slice) -> SequenceIndex:
+        """Some of the sequences."""
+        return SequenceIndex(self.frames[rows], self.first[rows], self.observed[rows])
+
 
 @dataclass(frozen=True)
 class WindowSampler:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from diwa_core.contract import ACTION_SIZE, PROPRIO_SIZE, Contract
 from diwa_core.errors import ConfigError
 from diwa_core.world_model.command import CommandedPose, from_lag, to_lag
+from diwa_core.world_model.distributed import RandomSource, normal_like
 from diwa_core.world_model.rssm import RSSM, CategoricalLatent, ResidualLatent, State
 from diwa_core.world_model.vision import ConvDecoder, ConvEncoder, ImageCode, to_float
 
@@ -194,7 +195,7 @@ class WorldModel(nn.Module):
 
     # ---- training -----------------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict, state: State, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, float], State]:
+    def loss(self, batch: dict, state: State, generator: RandomSource = None) -> tuple[Tensor, dict[str, float], State]:
         """Loss of a batch of sequences, its parts, and the last state (detached) to carry on from.
 
         batch: actions [B, T, A] leading into each frame, first [B, T], observed [B, T], and either embeddings [B, T, E] (frozen code)
@@ -214,9 +215,9 @@ class WorldModel(nn.Module):
         total = torch.stack(list(parts.values())).sum()
         return total, {name: value.item() for name, value in parts.items()}, states[:, -1].detach()
 
-    def _disturb(self, embeddings: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _disturb(self, embeddings: Tensor, generator: RandomSource) -> Tensor:
         """Embeddings with noise on the codes, so that the dynamics do not hang on what only one recorded scene shows."""
-        noise = torch.empty_like(embeddings).normal_(generator=generator) * self.config.code_noise
+        noise = normal_like(embeddings, generator) * self.config.code_noise
         noise[..., : self.low_mean.shape[0]] = 0
         return embeddings + noise
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diwa_core.world_model.command import COMMANDED, LAG, CommandedPose
+from diwa_core.world_model.distributed import RandomSource, exponential_like, normal_like
 
 
 @dataclass
@@ -65,11 +66,11 @@ class CategoricalLatent(nn.Module):
         """Logits [B, Z] of the latent given the observation."""
         return self.posterior_out(self.posterior_in(h) + self.posterior_embedding(embedding)).float()
 
-    def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, logits: Tensor, generator: RandomSource = None) -> Tensor:
         """One-hot sample [.., Z] whose gradient is that of the probabilities."""
         grouped = logits.unflatten(-1, (self.groups, self.classes))
         probabilities = grouped.softmax(-1)
-        noise = torch.empty_like(grouped).exponential_(generator=generator)
+        noise = exponential_like(grouped, generator)
         one_hot = F.one_hot((probabilities / noise).argmax(-1), self.classes).to(probabilities.dtype)
         return (one_hot + probabilities - probabilities.detach()).flatten(-2)
 
@@ -123,13 +124,12 @@ class ResidualLatent(nn.Module):
         """Mean [.., Z] of a prior or posterior."""
         return parameters[..., : self.size]
 
-    def sample(self, parameters: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, parameters: Tensor, generator: RandomSource = None) -> Tensor:
         """A sample of the prior [.., Z]; the mean when the model is deterministic or the parameters are a posterior's."""
         mean = self.mean(parameters)
         if parameters.shape[-1] == self.size:
             return mean
-        noise = torch.empty_like(mean).normal_(generator=generator)
-        return mean + parameters[..., self.size :].exp() * noise
+        return mean + parameters[..., self.size :].exp() * normal_like(mean, generator)
 
 
 class RSSM(nn.Module):
@@ -179,7 +179,7 @@ class RSSM(nn.Module):
         return State(h, self.latent.sample(self.latent.posterior(h, embedding), generator))
 
     def unroll(
-        self, state: State, actions: Tensor, embeddings: Tensor, first: Tensor, observed: Tensor, generator: torch.Generator | None = None
+        self, state: State, actions: Tensor, embeddings: Tensor, first: Tensor, observed: Tensor, generator: RandomSource = None
     ) -> tuple[State, Tensor, Tensor]:
         """Filter a sequence; where `observed` is false the model goes on from its own prediction (open loop).
 
