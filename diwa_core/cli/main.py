@@ -24,6 +24,7 @@ VERBS = (
     Verb("world-model", "train a world model on play, or measure one", "diwa_core.cli.world_model"),
     Verb("policy", "clone base policies from demonstrations", "diwa_core.cli.policy"),
     Verb("finetune", "improve a policy in imagination, from recorded data alone", "diwa_core.cli.finetune"),
+    Verb("dppo", "improve a policy in the simulator instead: the online baseline, counted in environment steps", "diwa_core.cli.dppo"),
     Verb("evaluate", "measure success rates in the simulator, without ROS", "diwa_core.cli.evaluate"),
     Verb("demo", "run the skills on the ROS 2 graph in simulation and write a report", "diwa_core.cli.demo"),
     Verb("card", "print the model card of a folder of checkpoints", "diwa_core.cli.card"),

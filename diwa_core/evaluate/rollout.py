@@ -65,6 +65,8 @@ def run_episode(
     result: EpisodeResult | None = None
     while True:
         observation = env.observation()
+        if latent_filter.model.config.scene_size:  # a low-dimensional world model sees the scene's true state
+            observation.scene_obs = env.scene_obs
         feature = latent_filter.update(observation, previous)
         if latent_filter.frames < latent_filter.warmup_frames:
             action = hold_action(observation.robot_obs[14])

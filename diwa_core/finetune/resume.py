@@ -84,7 +84,6 @@ def guard_run(run_dir: str | Path, wanted: dict[str, Any]) -> None:
     path = Path(run_dir) / "run.json"
     wanted = json.loads(json.dumps(wanted))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         _replace_text(path, json.dumps(wanted, indent=1))
         return
     found = json.loads(path.read_text())
@@ -106,6 +105,7 @@ def open_metrics(run_dir: str | Path, iteration: int) -> TextIO:
 
 
 def _replace_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
