@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from ros_support import private_environment
 
 from diwa_core.checkpoint import load_checkpoint
 from diwa_core.cli.demo_report import card_rate
-from diwa_core.cli.demo_view import make_table
+from diwa_core.cli.demo_view import describe_sides, make_table
 from diwa_core.contract import Contract
 from diwa_core.errors import ConfigError, DataError
 from diwa_core.evaluate.statistics import Estimate
@@ -32,7 +33,8 @@ from diwa_core.world_model.model import WorldModel, WorldModelConfig
 from diwa_ros.demo import DemoRecord, SkillRecord, choose_skills
 from diwa_ros.tap import STAGES
 
-SKILL = "open_drawer"
+SKILL, OTHER = "open_drawer", "turn_on_led"  # the first has a fine-tuned policy too
+TUNED_CARD = {"success_evaluation": {"success": 0.9, "low": 0.8, "high": 0.95, "episodes": 100, "seed": 0}}
 CARD = {"success_evaluation": {"success": 0.5, "low": 0.4, "high": 0.6, "episodes": 100, "seed": 0}}  # as evaluate --write-card leaves it
 LIMIT_S = 90.0
 INTERRUPTS_ITSELF = """
@@ -53,13 +55,15 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
-    """A tiny world model and one policy, both with random weights."""
+    """A tiny world model, two base policies and one fine-tuned one, all with random weights."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     model = WorldModel(WorldModelConfig(name="tiny", code_sizes=(8, 6), deterministic=32, hidden=32))
     identity = save_world_model(folder / "world_model", model, Contract(), {})
     policy = DiffusionPolicy(PolicyConfig(feature_size=model.feature_size, hidden=(32,), denoising_steps=5, sampler_steps=5))
-    save_policy(folder / "policies" / SKILL, policy, Contract(), SKILL, identity, {}, CARD)
+    for skill in (SKILL, OTHER):
+        save_policy(folder / "policies" / skill, policy, Contract(), skill, identity, {}, CARD)
+    save_policy(folder / "finetuned" / SKILL, policy.add_finetuned(2), Contract(), SKILL, identity, {}, TUNED_CARD)
     return folder
 
 
@@ -155,15 +159,20 @@ def test_demo_runs_a_skill_and_reports_it(start, tmp_path, checkpoints):
     demo = start("--episodes", "1", "--max-steps", "9", "--seed", "5", "--out", "out/page.html")
     code, output = demo.wait()
     assert code == 0, output + demo.stderr()
-    assert SKILL in output and "1/1  failed    9 steps" in output
+    lines = [line.split()[:5] for line in output.splitlines() if "failed" in line]
+    assert lines == [[*words, "1/1", "failed", "9"] for words in ((SKILL, "base"), (SKILL, "fine-tuned"), (OTHER, "base"))]
+    assert f"no fine-tuned policy of {OTHER} in the checkpoint folder" in output
     assert output.rstrip().splitlines()[-2].endswith("report in out/page.html: open it in a browser.")
     assert not demo.processes()
     page = Page((tmp_path / "out/page.html").read_text())
-    identities = [load_checkpoint(checkpoints / part).identity for part in ("world_model", f"policies/{SKILL}")]
-    assert page.codes == identities
-    assert page.tags.count("img") == 2 and "9 frames imagined from the executed actions alone, after 4 observed ones" in page.words
-    assert all(stage in page.words for stage in STAGES) and "--seed 5" in page.words and "0 of 1 episodes" in page.words
-    assert "50 % 40–60" in page.words
+    parts = ("world_model", f"policies/{SKILL}", f"policies/{OTHER}", f"finetuned/{SKILL}")
+    assert page.codes == [load_checkpoint(checkpoints / part).identity for part in parts]
+    assert page.tags.count("img") == 4 and "9 frames imagined from the executed actions alone, after 4 observed ones" in page.words
+    assert f"{SKILL}, fine-tuned policy, episode 1" in page.words and f"{OTHER}, base policy, episode 1" in page.words
+    assert all(stage in page.words for stage in STAGES) and "--seed 5" in page.words
+    assert "0 of 1 episodes succeeded after fine-tuning, 0 of 1 from the same starts before" in page.words
+    assert f"No fine-tuned policy of {OTHER}" in page.words and f"{OTHER} base only" in page.words and "1 swaps" in page.words
+    assert "90 % 80–95" in page.words and page.words.count("50 % 40–60") == 2
     assert sorted(path.name for path in tmp_path.glob("runs/logs/*/*.log")) == sorted(
         f"{name}.log" for name in ("calvin_bridge", "franka_controller", "encoder", "policy")
     )
@@ -281,15 +290,30 @@ class Episode:
     latency_ms: dict[str, list[float]] = field(default_factory=lambda: {"camera → chunk": [10.0, 20.0]})
 
 
-def test_table_shows_outcomes_running_episode_and_latency():
-    skills = {"open_drawer": SkillRecord("open_drawer", [Episode(True, 31), Episode(False, 72)]), "turn_on_led": SkillRecord("turn_on_led")}
-    table = make_table(DemoRecord(skills, {"camera → chunk": [10.0, 20.0] * 2}), 3, "open_drawer", 12)
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))
-    console.print(table)
-    lines = console.export_text().splitlines()
-    drawer = next(line for line in lines if "open_drawer" in line)
-    assert "✓ 31  ✗ 72  ▸ 12" in drawer and "15.0 / 20.0" in drawer and "1/2" in drawer
-    assert next(line for line in lines if "turn_on_led" in line).count("·") == 3
+def table_lines(skills: dict[str, SkillRecord], running: tuple[str, str] | None = None, steps: int = 0) -> list[str]:
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))
+    console.print(make_table(DemoRecord(skills, {"camera → chunk": [10.0, 20.0] * 2}), 3, running, steps))
+    return console.export_text().splitlines()
+
+
+def test_table_shows_outcomes_of_both_sides_running_episode_and_latency():
+    drawer = SkillRecord("open_drawer", {"base": [Episode(False, 72)] * 3, "fine-tuned": [Episode(True, 31), Episode(False, 72)]})
+    skills = {"open_drawer": drawer, "turn_off_lightbulb": SkillRecord("turn_off_lightbulb", {"base": []})}
+    lines = table_lines(skills, ("open_drawer", "fine-tuned"), 12)
+    shown = next(line for line in lines if "open_drawer" in line)
+    assert "✗ 72  ✗ 72  ✗ 72" in shown and "✓ 31  ✗ 72  ▸ 12" in shown and "15.0 / 20.0" in shown
+    assert next(line for line in lines if "turn_off_lightbulb" in line).count("·") == 3
+    assert re.search(r"successes +│ 0/3 +│ 1/2 ", lines[-2])
+    assert describe_sides(DemoRecord(skills, {})).startswith("no fine-tuned policy of turn_off_lightbulb in")
+
+
+def test_table_without_any_fine_tuned_policy_has_one_column_of_outcomes():
+    skills = {"open_drawer": SkillRecord("open_drawer", {"base": [Episode(True, 31), Episode(False, 72)]})}
+    lines = table_lines(skills)
+    assert "base: steps" in "".join(lines) and "fine-tuned" not in "".join(lines) and "1/2" in lines[-2]
+    assert "no fine-tuned policy of any of the skills" in describe_sides(DemoRecord(skills, {}))
+    skills["open_drawer"].results["fine-tuned"] = []
+    assert describe_sides(DemoRecord(skills, {})) == ""
 
 
 def test_model_card_rate_is_optional():

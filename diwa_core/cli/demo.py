@@ -1,4 +1,4 @@
-"""`diwa demo`: the graph in simulation, the skills on it, a live table, and one HTML report."""
+"""`diwa demo`: the graph in simulation, the skills on it, base beside fine-tuned, a live table, and one HTML report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--episodes", type=int, default=3, help="episodes of each skill, on the first starts of the evaluation list")
+    parser.add_argument("--episodes", type=int, default=3, help="episodes of each policy, on the first starts of the evaluation list")
     parser.add_argument("--skills", nargs="+", default=[], help="default: every skill that has a policy")
     parser.add_argument("--seed", type=int, default=0, help="seed of the policies' noise")
     parser.add_argument("--max-steps", type=int, default=72, help="policy steps after which an episode has failed")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints", help="folder with world_model/ and policies/<skill>/")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=ROOT / "checkpoints",
+        help="folder with world_model/, policies/<skill>/ and, to be run beside them on the same starts, finetuned/<skill>/",
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/demo.html"), help="the report")
     parser.add_argument("--real-time", action="store_true", help="30 Hz on the clock instead of lock-step: late commands are missed ticks")
 

@@ -1,4 +1,4 @@
-"""Brings the graph up in simulation, runs skills on it and takes it down again, whatever happens in between."""
+"""Brings the graph up in simulation, runs skills on it, base beside fine-tuned, and takes it down again, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lifecycle_msgs.srv import GetState
 from rclpy.signals import SignalHandlerOptions
 
 from diwa_core.contract import Contract
-from diwa_core.errors import ConfigError, DiwaError, SetupError
+from diwa_core.errors import ConfigError, DataError, DiwaError, SetupError
 from diwa_core.evaluate.evaluation import noise_seed
 from diwa_core.evaluate.rollout import MAX_STEPS
 from diwa_core.evaluate.strips import Recording
@@ -29,6 +29,7 @@ from diwa_ros.tap import STAGES, GraphTap
 from diwa_ros.up import GraphRunner
 
 LOGGER = logging.getLogger(__name__)
+SIDES = BASE, FINETUNED = "base", "fine-tuned"  # in the order in which they run
 READY_TIMEOUT_S = 90.0  # importing torch in five processes on a busy machine
 LAST_FRAME_S = 2.0  # an episode ends with the news of its last frame; pictures and latent of it follow within milliseconds
 WATCH_S = 0.2
@@ -42,7 +43,10 @@ class NodeDied(DiwaError):
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What to run. skills: empty for every skill that has a policy; episodes of each, on the first starts of the evaluation list."""
+    """What to run. skills: empty for every skill that has a policy; episodes of each, on the first starts of the evaluation list.
+
+    checkpoint: folder with world_model/, policies/<skill>/ and, of skills that have one, finetuned/<skill>/.
+    """
 
     checkpoint: Path
     skills: tuple[str, ...] = ()
@@ -52,25 +56,45 @@ class DemoPlan:
     real_time: bool = False
     log_folder: Path = Path("runs/logs/demo")
 
+    def finetuned(self, skill: str) -> Path:
+        """Where the fine-tuned policy is, if there is one."""
+        return self.checkpoint / "finetuned" / skill
+
+    def sides(self, skill: str) -> tuple[str, ...]:
+        """Both SIDES, or the base alone where there is no fine-tuned policy."""
+        return SIDES if self.finetuned(skill).exists() else (BASE,)
+
 
 @dataclass
 class SkillRecord:
-    """All episodes of one skill; the recording is of the first success, else of the first episode whose frames all arrived."""
+    """All episodes of one skill, by side, on the same starts with the same noise.
+
+    The recording is of the last side's first success, else of its first episode whose frames all arrived.
+    """
 
     skill: str
-    results: list[GraphResult] = field(default_factory=list)
+    results: dict[str, list[GraphResult]]
     recording: Recording | None = None
     recorded: int = 0  # number of the recorded episode, from 1
 
     @property
-    def successes(self) -> int:
+    def shown(self) -> str:
+        """The side that is recorded: fine-tuned where there is one."""
+        return list(self.results)[-1]
+
+    @property
+    def compared(self) -> bool:
+        """Whether a fine-tuned policy runs beside the base."""
+        return len(self.results) > 1
+
+    def successes(self, side: str) -> int:
         """Number of successful episodes."""
-        return sum(result.success for result in self.results)
+        return sum(result.success for result in self.results[side])
 
 
 @dataclass
 class DemoRecord:
-    """What happened: skills in order, stage -> milliseconds of all frames, and where the time went."""
+    """What happened: skills in order, stage -> milliseconds of all frames, how long the swaps took, and where the time went."""
 
     skills: dict[str, SkillRecord]
     latencies_ms: dict[str, list[float]]
@@ -78,6 +102,7 @@ class DemoRecord:
     ready_s: float = 0.0
     run_s: float = 0.0
     ticks: int = 0
+    swap_ms: list[float] = field(default_factory=list)  # from the call of policy/load to its answer
 
 
 class DemoView(Protocol):
@@ -86,16 +111,17 @@ class DemoView(Protocol):
     def begin(self, record: DemoRecord) -> None:
         """The graph is ready."""
 
-    def refresh(self, skill: str, steps: int) -> None:
+    def refresh(self, skill: str, side: str, steps: int) -> None:
         """Called a few times a second: `steps` policy steps of the running episode are done."""
 
-    def finish_episode(self, skill: str, index: int) -> None:
+    def finish_episode(self, skill: str, side: str, index: int) -> None:
         """The newest result is in the record."""
 
 
 def run_demo(plan: DemoPlan, contract: Contract, view: DemoView, stops: list[int]) -> DemoRecord:
     """Start, run and stop. Raises NodeDied, SetupError when the graph is not ready in time, DataError when it refuses,
-    ConfigError on a skill without a policy, and KeyboardInterrupt once `stops` (signals received) is not empty."""
+    ConfigError on a skill without a policy, GateError when the graph refuses a fine-tuned one, and KeyboardInterrupt once `stops`
+    (signals received) is not empty."""
     mode = "real_time" if plan.real_time else "lockstep"
     processes = load_graph("deploy").resolve({"sim": True, "mode": mode, "checkpoint": str(plan.checkpoint)})
     join_graph(processes)
@@ -153,7 +179,7 @@ class DemoRun:
     def __init__(self, plan: DemoPlan, evaluator: GraphEvaluator, view: DemoView, check: Callable[[], None]) -> None:
         self.plan, self.evaluator, self.view, self.check = plan, evaluator, view, check
         self.tap = GraphTap(evaluator.node, evaluator.contract)
-        self.skill = ""
+        self.skill = self.side = ""
         self.record = DemoRecord({}, {stage: [] for stage in STAGES})
         evaluator.node.create_timer(WATCH_S, self._watch)
 
@@ -163,28 +189,39 @@ class DemoRun:
         skills = choose_skills(self.plan.skills, self.evaluator.wait_ready())
         self._wait(self.tap.is_matched, "pictures of every camera and a sender on every topic")
         run_s = time.monotonic()
-        self.record.skills = {skill: SkillRecord(skill) for skill in skills}
+        self.record.skills = {skill: SkillRecord(skill, {side: [] for side in self.plan.sides(skill)}) for skill in skills}
         self.record.ready_s = run_s - begin_s
         self.view.begin(self.record)
-        for skill in skills:
-            for index in range(self.plan.episodes):
-                self.run_episode(skill, index)
-                self.record.run_s = time.monotonic() - run_s
-                self.view.finish_episode(skill, index)
+        for skill, mine in self.record.skills.items():
+            for side in mine.results:
+                identity = self.swap(skill) if side == FINETUNED else None
+                for index in range(self.plan.episodes):
+                    self.run_episode(skill, side, index, identity)
+                    self.record.run_s = time.monotonic() - run_s
+                    self.view.finish_episode(skill, side, index)
         return self.record
 
-    def run_episode(self, skill: str, index: int) -> None:
-        """Run one episode and keep what was measured."""
-        self.skill, mine = skill, self.record.skills[skill]
+    def swap(self, skill: str) -> str:
+        """Put the fine-tuned policy into the running graph; returns its identity, which the runs must then report."""
+        begin_s = time.monotonic()
+        identity = self.evaluator.load_policy(self.plan.finetuned(skill), skill)
+        self.record.swap_ms.append((time.monotonic() - begin_s) * 1e3)
+        return identity
+
+    def run_episode(self, skill: str, side: str, index: int, identity: str | None) -> None:
+        """Run one episode and keep what was measured. identity: of the policy that was swapped in, None for what the graph began with."""
+        self.skill, self.side, mine = skill, side, self.record.skills[skill]
         self.tap.begin()
         seed = noise_seed(self.plan.seed, index)
         result = self.evaluator.run_episode(GraphEpisode(skill, index, noise_seed=seed, max_steps=self.plan.max_steps))
-        mine.results.append(result)
+        if identity not in (None, result.checkpoint_id):
+            raise DataError(f"{skill}: expected the {side} policy {identity[:16]} to have run, found {result.checkpoint_id[:16]}.")
+        mine.results[side].append(result)
         for stage, values in self.tap.latencies_ms().items():
             self.record.latencies_ms[stage] += values
             result.latency_ms[stage] = values
         self.record.ticks += len(self.tap.actions)
-        if mine.recording is None or (result.success and mine.successes == 1):
+        if side == mine.shown and (mine.recording is None or (result.success and mine.successes(side) == 1)):
             episode = self.evaluator.episode_number
             if self._spin_until(lambda: self.tap.has_frames(episode, result.steps), LAST_FRAME_S):
                 mine.recording, mine.recorded = self.tap.recording(episode, result.steps), index + 1
@@ -219,7 +256,7 @@ class DemoRun:
     def _watch(self) -> None:
         self.check()
         if self.skill:
-            self.view.refresh(self.skill, self.tap.steps)
+            self.view.refresh(self.skill, self.side, self.tap.steps)
 
 
 def choose_skills(asked: tuple[str, ...], available: list[str]) -> list[str]:
