@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from diwa_core import tether
 from diwa_core.errors import SetupError
-from diwa_ros import tether
 from diwa_ros.graph import Process
 
 LOGGER = logging.getLogger(__name__)
