@@ -1,5 +1,6 @@
 """Base beside fine-tuned: the same starts and noise, interrupted runs that go on, what the JSON and the page say, the paper's table."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -211,3 +212,79 @@ def test_command_refuses_what_does_not_fit_together(tmp_path, capsys):
     assert "--record: expected with --policies" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--world-model", "w"])
+
+
+# -- benchmarks/diwa.py ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    specification = importlib.util.spec_from_file_location("diwa_benchmark", ROOT / "benchmarks" / "diwa.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def side(count: int) -> dict:
+    return {"policy": "p", "identity": "i", "success": [True] * count + [False] * (10 - count), "steps": [30] * 10}
+
+
+@pytest.fixture
+def figures(tmp_path) -> Path:
+    """A comparison of two seeds on two skills."""
+    seeds = [{"training_seed": k, "base": side(4), "finetuned": side(9), "environment_steps": 0} for k in (1, 2)]
+    skills = [
+        {"skill": "open_drawer", "seeds": seeds},
+        {"skill": "turn_on_led", "seeds": [{**seeds[0], "environment_steps": 1500}, seeds[1]]},
+    ]
+    values = {"format": 1, "world_model": "w" * 64, "split": "evaluation", "noise_seed": 0, "starts": 10, "max_steps": 72, "skills": skills}
+    (tmp_path / "comparison.json").write_text(json.dumps(values))
+    return tmp_path / "comparison.json"
+
+
+def read_rows(printed: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def write_run(path: Path, rates: list[float]) -> None:
+    """A DPPO run evaluated at every second of its rows, 1,000 environment steps apart."""
+    path.mkdir(parents=True)
+    rows = [{"iteration": i - 1, "env_steps": 1000 * i, "success": 0.5} for i in range(2 * len(rates))]
+    for row, rate in zip(rows[::2], rates, strict=True):
+        row["validation"] = {"episodes": 50, "value": rate, "low": 0.0, "high": 1.0}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_table_puts_ours_beside_the_papers(benchmark, figures, tmp_path, capsys):
+    write_run(tmp_path / "dppo" / "open_drawer", [0.4, 0.7, 0.9, 0.8])
+    write_run(tmp_path / "dppo" / "seed2" / "open_drawer", [0.3, 0.5])
+    benchmark.main(["--comparison", str(figures), "--dppo", str(tmp_path / "dppo")])
+    printed = capsys.readouterr().out
+    rows = read_rows(printed)
+    comparison = Comparison.read(figures)
+    gain = comparison.find("open_drawer").gain
+    assert rows["open_drawer"][:4] == ["57.8", "74.4 ± 1.9", "+16.6", "118 k"]
+    assert rows["open_drawer"][4].startswith("40.0 [") and rows["open_drawer"][5].startswith("90.0 [")
+    assert rows["open_drawer"][6] == f"+50.0 [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    assert rows["open_drawer"][7:] == ["0", "4,000, > 2,000 (best 50 %)"]
+    assert rows["turn_on_led"][7:] == ["1,500", "not run"] and rows["close_drawer"][4:] == ["not run"] * 5
+    assert rows["mean"][:4] == ["55.2", "83.7", "+28.5", "sum 2,387 k"]
+    assert rows["mean"][6] == f"+50.0 [{100 * comparison.gain.low:+.1f}, {100 * comparison.gain.high:+.1f}]"
+    assert str(figures) in printed and "open_drawer/metrics.jsonl" in printed and "arXiv 2508.03645" in printed
+    assert "means are over 2 skills only: not run are close_drawer" in printed and "training seeds 1, 2" in printed
+
+
+def test_table_says_what_was_not_run(benchmark, figures, tmp_path, capsys):
+    benchmark.main(["--comparison", str(tmp_path / "none.json")])
+    printed = capsys.readouterr().out
+    assert all(row[4:9] == ["not run"] * 5 for name, row in read_rows(printed).items() if name in benchmark.PAPER)
+    assert "diwa evaluate --world-model W --pair BASE FINETUNED" in printed
+    benchmark.main(["--comparison", str(figures)])
+    assert "DPPO: not run (no folder was given" in capsys.readouterr().out
+    with pytest.raises(DataError, match="expected a folder with runs"):
+        benchmark.main(["--comparison", str(figures), "--dppo", str(tmp_path / "none")])
+    (tmp_path / "open_drawer").mkdir()
+    (tmp_path / "open_drawer" / "metrics.jsonl").write_text('{"validation": {}}\n')
+    with pytest.raises(DataError, match="line 1: expected a row of `diwa dppo`"):
+        benchmark.main(["--comparison", str(figures), "--dppo", str(tmp_path / "open_drawer")])
