@@ -1,0 +1,312 @@
+"""Stages run only when what they are made from changed, go on where they were cut off, and leave no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diwa_core.errors import ConfigError, DataError, DiwaError
+from diwa_core.pipeline import runner as runner_module
+from diwa_core.pipeline.runner import Runner, StageFailed, plan, show_seconds
+from diwa_core.pipeline.sources import digest_sources
+from diwa_core.pipeline.stage import Action, At, Pipeline, Stage
+
+JOIN = """
+import sys
+from pathlib import Path
+*parts, out = map(Path, sys.argv[2:])
+out.write_text("".join(part.read_text() for part in parts) + sys.argv[1])
+with out.with_suffix(".runs").open("a") as runs:
+    runs.write("x")
+"""
+
+
+def join(name: str, text: str, *inputs: str, **options) -> Stage:
+    """A stage that writes what it reads, then `text`; <name>.runs has one letter per run."""
+    paths = tuple(At(f"{path}.txt") for path in inputs)
+    out = At(f"{name}.txt")
+    return Stage(name, ("python", "-c", JOIN, text, *paths, out), paths, (out,), **options)
+
+
+def pipeline(root: Path, first: str = "a", third: str = "c", **options) -> Pipeline:
+    """one -> two -> three, and alone."""
+    stages = [join("one", first), join("two", "b", "one"), join("three", third, "two"), join("alone", "z")]
+    return Pipeline(root, stages, **options)
+
+
+def bring_up_to_date(made: Pipeline, workers: int = 1, stages: list[Stage] | None = None) -> list[str]:
+    """Run; the lines it showed."""
+    lines: list[str] = []
+    assert Runner(made, workers, lines.append).run(made.stages if stages is None else stages)
+    return lines
+
+
+def runs(root: Path) -> dict[str, int]:
+    """How often each stage has run."""
+    return {path.stem: len(path.read_text()) for path in root.glob("*.runs")}
+
+
+def actions(made: Pipeline) -> dict[str, str]:
+    return {stage.name: decision.action.value for stage, decision in plan(made, made.stages)}
+
+
+# -- stamps ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_skips_everything(tmp_path):
+    bring_up_to_date(pipeline(tmp_path), workers=2)
+    assert (tmp_path / "three.txt").read_text() == "abc"
+    lines = bring_up_to_date(pipeline(tmp_path))
+    assert runs(tmp_path) == {"one": 1, "two": 1, "three": 1, "alone": 1}
+    assert lines == [f"[{i}/4] {name}: skip, unchanged" for i, name in enumerate(("one", "two", "three", "alone"), 1)]
+
+
+def test_a_changed_command_runs_again_what_depends_on_it_and_nothing_else(tmp_path):
+    bring_up_to_date(pipeline(tmp_path))
+    changed = pipeline(tmp_path, first="A")
+    assert actions(changed) == {"one": "run", "two": "after", "three": "after", "alone": "skip"}
+    bring_up_to_date(changed)
+    assert (tmp_path / "three.txt").read_text() == "Abc"
+    assert runs(tmp_path) == {"one": 2, "two": 2, "three": 2, "alone": 1}
+
+
+def test_what_comes_out_the_same_runs_nothing_after_it(tmp_path):
+    bring_up_to_date(pipeline(tmp_path))
+    same = [join("one", "a", speed=("--fast",)), *pipeline(tmp_path).stages[1:]]
+    assert set(actions(Pipeline(tmp_path, same)).values()) == {"skip"}  # speed does not count
+    (tmp_path / "stamps" / "one.json").unlink()
+    (tmp_path / "one.txt").unlink()
+    bring_up_to_date(pipeline(tmp_path))
+    assert runs(tmp_path) == {"one": 2, "two": 1, "three": 1, "alone": 1}
+
+
+@pytest.mark.parametrize(("edit", "reason"), [(lambda path: path.write_text("?"), "changed by something"), (Path.unlink, "gone")])
+def test_outputs_that_were_changed_or_removed_are_made_again(tmp_path, edit, reason):
+    bring_up_to_date(pipeline(tmp_path))
+    edit(tmp_path / "two.txt")
+    decision = dict((stage.name, decision) for stage, decision in plan(pipeline(tmp_path), pipeline(tmp_path).stages))["two"]
+    assert decision.action is Action.START and reason in decision.reason
+    bring_up_to_date(pipeline(tmp_path))
+    assert (tmp_path / "three.txt").read_text() == "abc" and runs(tmp_path) == {"one": 1, "two": 2, "three": 1, "alone": 1}
+
+
+def test_the_root_may_move(tmp_path):
+    bring_up_to_date(pipeline(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert set(actions(pipeline(tmp_path / "there")).values()) == {"skip"}
+
+
+def test_changed_code_counts_only_when_asked(tmp_path, monkeypatch):
+    bring_up_to_date(pipeline(tmp_path))
+    monkeypatch.setattr("diwa_core.pipeline.stage.digest_sources", lambda module: "other")
+    assert set(actions(pipeline(tmp_path)).values()) == {"skip"}
+    assert "code was changed since" in plan(pipeline(tmp_path), pipeline(tmp_path).stages)[0][1].reason
+    assert actions(pipeline(tmp_path, strict=True))["one"] == "run"
+
+
+def test_the_sources_of_a_stage_are_those_it_imports(monkeypatch):
+    from diwa_core.pipeline import sources
+
+    def digests() -> list[str]:
+        digest_sources.cache_clear()
+        return [digest_sources(module) for module in ("diwa_core.sim.play", "diwa_core.cli.finetune")]
+
+    before, read = digests(), sources._read
+    for changed, same in (("diwa_core.finetune.ppo", [True, False]), ("diwa_core.errors", [False, False])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "_read", lambda name, changed=changed: (read(name)[0] + "#" * (name == changed), read(name)[1]))
+            assert [a == b for a, b in zip(before, digests(), strict=True)] == same, changed
+    assert digests() == before
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path):
+    (tmp_path / "one.txt").write_text("mine")
+    with pytest.raises(DataError, match="without its stamp"):
+        bring_up_to_date(pipeline(tmp_path))
+    assert (tmp_path / "one.txt").read_text() == "mine"
+
+
+def test_a_stage_that_checks_itself_takes_up_what_is_there(tmp_path):
+    (tmp_path / "one.txt").write_text("mine")
+    made = Pipeline(tmp_path, [join("one", "a", keeps=(At("one.txt"),), checks_itself=True)])
+    assert plan(made, made.stages)[0][1].action is Action.RESUME
+
+
+def test_a_new_start_removes_what_another_run_kept_and_a_resumed_one_does_not(tmp_path):
+    stage = lambda text: join("one", text, keeps=(At("state"),), resumes=True)  # noqa: E731
+    made = Pipeline(tmp_path, [stage("a")])
+    made.begin(made.stages[0], made.decide(made.stages[0]))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "step").write_text("7")
+    decision = made.decide(made.stages[0])
+    assert decision.action is Action.RESUME and decision.reason == "was cut off"
+    made.begin(made.stages[0], decision)
+    assert (tmp_path / "state" / "step").exists()
+    other = Pipeline(tmp_path, [stage("A")])
+    decision = other.decide(other.stages[0])
+    assert decision.action is Action.START and "'a'" not in decision.reason and "a became A" in decision.reason
+    other.begin(other.stages[0], decision)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_checkpoint_counts_by_its_identity(tmp_path):
+    from diwa_core.pipeline.stage import identify
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"identity": "f" * 64, "card": {}}))
+    before = identify(folder)
+    (folder / "manifest.json").write_text(json.dumps({"identity": "f" * 64, "card": {"success": 1}}))
+    assert identify(folder) == before == "f" * 16
+    (folder / "manifest.json").write_text("{")
+    assert identify(folder) not in (None, before)
+    assert identify(tmp_path / "nothing") is None
+
+
+def test_a_stage_without_its_output_is_not_finished(tmp_path):
+    made = Pipeline(tmp_path, [Stage("one", ("python", "-c", "pass"), (), (At("one.txt"),))])
+    with pytest.raises(DataError, match="not there"):
+        bring_up_to_date(made)
+    assert not json.loads((tmp_path / "stamps" / "one.json").read_text())["finished"]
+
+
+def test_impossible_pipelines_are_refused(tmp_path):
+    for stages in ([join("two", "b", "one"), join("one", "a")], [join("one", "a"), join("one", "b")]):
+        with pytest.raises(ConfigError, match="taken already, or nothing before it writes"):
+            Pipeline(tmp_path, stages)
+
+
+def test_a_stage_alone_needs_the_others_up_to_date(tmp_path):
+    made = pipeline(tmp_path)
+    with pytest.raises(DiwaError, match=r"stage 'one' is needed.*never ran"):
+        plan(made, [made.stages[2]])
+    bring_up_to_date(made)
+    changed = pipeline(tmp_path, first="A", third="C")
+    with pytest.raises(DiwaError, match="stage 'one' is needed"):  # not only what it reads itself
+        plan(changed, [changed.stages[2]])
+    alone = pipeline(tmp_path, third="C")
+    bring_up_to_date(alone, stages=[alone.stages[2]])
+    assert runs(tmp_path) == {"one": 1, "two": 1, "three": 2, "alone": 1}
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------------------
+
+WAIT = """
+import signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[1])
+state = out.with_suffix(".state")
+def save(number, frame):
+    state.write_text("saved")
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+resumed = state.exists()
+out.with_suffix(".started").write_text("x")
+while not resumed:
+    time.sleep(0.01)
+out.write_text("resumed")
+"""
+
+
+def waiting(name: str = "one", script: str = WAIT) -> Stage:
+    """A stage that ends only when it finds the state it saved when it was interrupted."""
+    out = At(f"{name}.txt")
+    return Stage(name, ("python", "-c", script, out), (), (out,), keeps=(At(f"{name}.state"),), resumes=True)
+
+
+def test_stopping_lets_stages_save_and_the_next_run_resumes_them(tmp_path):
+    made, lines = Pipeline(tmp_path, [waiting("one"), waiting("two"), join("after", "!", "one")]), []
+    both = [tmp_path / f"{name}.started" for name in ("one", "two")]
+    assert not Runner(made, 2, lines.append, should_stop=lambda: all(path.exists() for path in both)).run(made.stages)
+    assert "stopping one, two (SIGINT)" in lines and (tmp_path / "one.state").read_text() == "saved"
+    assert actions(made) == {"one": "resume", "two": "resume", "after": "after"}
+    bring_up_to_date(made, workers=2)
+    assert (tmp_path / "after.txt").read_text() == "resumed!"
+
+
+def test_a_failed_stage_stops_the_others_and_shows_its_last_lines_and_command(tmp_path):
+    failing = Stage("bad", ("python", "-c", "import sys; print('before'); sys.exit('no disk left')", At("x y")), (), (At("bad.txt"),))
+    made = Pipeline(tmp_path, [waiting(), failing, join("after", "!")])
+    with pytest.raises(StageFailed) as caught:
+        Runner(made, 2, lambda line: None).run(made.stages)
+    message = str(caught.value)
+    assert "stage 'bad' ended with exit code 1" in message and "    before\n    no disk left" in message
+    assert f"'{tmp_path}/x y'" in message  # quoted for a shell
+    assert not (tmp_path / "after.txt").exists()
+    assert (tmp_path / "one.state").exists() or not (tmp_path / "one.started").exists()
+
+
+def test_a_stage_that_does_not_obey_is_killed_with_its_helpers(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "STOP_STEPS", ((signal.SIGINT, 0.2), (signal.SIGKILL, 10.0)))
+    script = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "helper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(sys.argv[1] + '.pid', 'w').write(str(helper.pid)); open(sys.argv[1] + '.started', 'w').write('x'); time.sleep(600)"
+    )
+    made, started = Pipeline(tmp_path, [waiting(script=script)]), tmp_path / "one.txt.started"
+    assert not Runner(made, 1, lambda line: None, should_stop=started.exists).run(made.stages)
+    helper = Path("/proc") / (tmp_path / "one.txt.pid").read_text() / "stat"
+    deadline = time.monotonic() + 60
+    while helper.exists() and helper.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not helper.exists() or helper.read_text().split()[2] == "Z"
+
+
+def test_stages_that_want_all_cores_run_alone(tmp_path):
+    busy = "import os, sys, time\nfrom pathlib import Path\nout = Path(sys.argv[1])\nout.write_text('x')\ntime.sleep(0.3)\n"
+    check = "assert len(list(out.parent.glob('*.txt'))) == 1"
+    stages = [
+        Stage("big", ("python", "-c", busy + check, At("big.txt")), (), (At("big.txt"),), cores=2),
+        Stage("small", ("python", "-c", busy, At("small.txt")), (), (At("small.txt"),)),
+    ]
+    bring_up_to_date(Pipeline(tmp_path, stages), workers=2)
+
+
+def test_two_pipelines_do_not_share_a_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "LOCK_WAIT_S", 0.1)
+    made, refused = Pipeline(tmp_path, [waiting()]), []
+
+    def stop() -> bool:
+        if (tmp_path / "one.started").exists() and not refused:
+            with pytest.raises(DiwaError, match="another `diwa pipeline`"):
+                Runner(made, 1, lambda line: None).run(made.stages)
+            refused.append(True)
+        return bool(refused)
+
+    assert not Runner(made, 1, lambda line: None, should_stop=stop).run(made.stages)
+    bring_up_to_date(made)
+
+
+def test_stages_end_with_a_killed_pipeline_and_the_next_one_goes_on(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from test_pipeline import *\n"
+        "made = Pipeline(sys.argv[1], [waiting()]); Runner(made, 1, print).run(made.stages)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path, Path(__file__).parent]) as killed:
+        while not (tmp_path / "one.started").exists():
+            assert killed.poll() is None
+            time.sleep(0.02)
+        os.kill(killed.pid, signal.SIGKILL)
+    (tmp_path / "one.state").write_text("as if saved")
+    assert actions(Pipeline(tmp_path, [waiting()])) == {"one": "resume"}
+    bring_up_to_date(Pipeline(tmp_path, [waiting()]))  # waits until the old stage is gone
+
+
+def test_time_left_is_measured_on_the_stages_so_far(tmp_path):
+    stages = [join(f"kind/{i}", "a") for i in range(4)] + [join("other", "a", cores=2)]
+    made = Pipeline(tmp_path, [Stage(s.name, s.command, s.inputs, (At(f"{i}.txt"),), cores=s.cores) for i, s in enumerate(stages)])
+    runner = Runner(made, 2, print, pending=list(made.stages[1:]))
+    assert runner.seconds_left() == (0.0, ["kind", "other"])
+    for stage, seconds in ((made.stages[0], 40), (made.stages[1], 60)):
+        made.begin(stage, made.decide(stage))
+        (made.root / stage.outputs[0]).write_text("a")
+        made.finish(stage, seconds)
+    runner.pending = list(made.stages[2:])
+    assert runner.seconds_left() == (50.0, ["other"])  # two of 50 s on two cores
+    assert runner.describe() == "at least 50 s left, other not timed yet"
+    assert [show_seconds(s) for s in (5, 100, 6000)] == ["5 s", "2 min", "1 h 40 min"]
