@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_report import parse
 
-from diwa_core.checkpoint import load_checkpoint
+from diwa_core.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, update_card
 from diwa_core.cli.main import main
 from diwa_core.contract import Contract
 from diwa_core.errors import CheckpointError, ConfigError, DataError
@@ -34,7 +34,7 @@ def save_pair(folder: Path, seed: int, world_model: str = "w" * 64, skills: tupl
     torch.manual_seed(seed)
     for skill in skills:
         base = DiffusionPolicy(PolicyConfig(feature_size=size, hidden=(8,), denoising_steps=2, sampler_steps=2))
-        identity = save_policy(folder / "policies" / skill, base, Contract(), skill, world_model, {"seed": seed})
+        identity = save_policy(folder / "policies" / skill, base, Contract(), skill, world_model, {"seed": seed, "episodes": 4})
         tuned = base.add_finetuned(1)
         card = {"imagined_before": 0.5, "imagined_after": 0.5 + 0.1 * seed, "starts": "beginnings of 40 demonstrations"}
         lineage = {"base": identity, "environment_steps": 0}
@@ -288,3 +288,47 @@ def test_table_says_what_was_not_run(benchmark, figures, tmp_path, capsys):
     (tmp_path / "open_drawer" / "metrics.jsonl").write_text('{"validation": {}}\n')
     with pytest.raises(DataError, match="line 1: expected a row of `diwa dppo`"):
         benchmark.main(["--comparison", str(figures), "--dppo", str(tmp_path / "open_drawer")])
+
+
+# -- diwa card ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(tmp_path) -> Path:
+    """A world model, base and fine-tuned policies, a classifier, and a comparison of them."""
+    torch.manual_seed(0)
+    model = WorldModel(WorldModelConfig(name="tiny", code_sizes=(8, 6), deterministic=32, hidden=32))
+    lineage = {"frames": 100, "play": ["abc"], "training": {"seed": 1, "steps": 10}, "seconds": 60.0, "device": "cpu"}
+    identity = save_world_model(tmp_path / "world_model", model, Contract(), lineage)
+    pair = save_pair(tmp_path, 1, identity)
+    for skill in SKILLS:
+        update_card(pair[1] / skill, {"success_evaluation": {"success": 0.9, "low": 0.8, "high": 0.95, "episodes": 100, "seed": 0}})
+    figures = {"precision": 0.97, "recall": 0.5}
+    card = {"events": 7, "filtered": {"frames": figures, "episodes": figures}, "imagined": {"frames": figures}}
+    threshold, origin = {"threshold": torch.tensor(0.75)}, {"world_model": identity}
+    save_checkpoint(tmp_path / "classifiers" / "open_drawer", "classifier", threshold, {}, Contract(), origin, card)
+    compare_policies([pair], tmp_path / "journal", FakeRunner(), starts=STARTS).write(tmp_path / "comparison.json")
+    return tmp_path
+
+
+def test_card_shows_base_beside_finetuned_and_classifiers(shipped, capsys):
+    assert main(["card", str(shipped), "--comparison", str(shipped / "comparison.json")]) == 0
+    page = capsys.readouterr().out
+    drawer = Comparison.read(shipped / "comparison.json").find("open_drawer")
+    bounds = [f"[{100 * rate.low:.0f}, {100 * rate.high:.0f}]" for rate in (drawer.base, drawer.finetuned)]
+    assert f"| open_drawer | 33 {bounds[0]} | 75 {bounds[1]} | +42 [{100 * drawer.gain.low:+.0f}, " in page
+    assert "| 0 | 50 → 60 | 17, 15 |" in page and "Imagined from: beginnings of 40 demonstrations" in page and "| mean | 42 [" in page
+    tuned, base = (load_checkpoint(shipped / part / "open_drawer").identity[:12] for part in ("finetuned", "policies"))
+    assert f"| open_drawer | `{tuned}` | `{base}` | 50 → 60 | 90 % [80, 95] | 100, 0 |" in page
+    assert "| 0.75 | 0.97 / 0.50 | 0.97 / 0.50 | 0.97 / 0.50 | - / - | 7 |" in page
+    assert "!" not in page
+
+
+def test_card_tells_what_does_not_belong_together(shipped, capsys):
+    save_pair(shipped, 2, load_checkpoint(shipped / "world_model").identity, ("open_drawer",))
+    save_pair(shipped / "other", 3, "v" * 64, ("turn_on_led",))
+    copy_checkpoint(shipped / "other" / "policies" / "turn_on_led", shipped / "policies" / "turn_on_led")
+    assert main(["card", str(shipped), "--comparison", str(shipped / "comparison.json")]) == 0
+    page = capsys.readouterr().out
+    assert "3 of the 4 policies below are not among those that were compared!" in page
+    assert page.count("(another world model!)") == 1 and page.count("(not the one above!)") == 1
