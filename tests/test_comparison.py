@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +206,33 @@ def test_command_compares_real_episodes(tmp_path, capsys):
     assert load_checkpoint(tuned / "open_drawer").card["success_evaluation"]["episodes"] == 2
     assert "How to repeat it" in (out / "report.html").read_text() and len((out / "episodes.jsonl").read_text().splitlines()) == 4
     assert main([*words, "--world-model", "none", "--out", str(out)]) == 0  # nothing left to run
+
+
+class DyingPool:
+    """A process pool whose workers end before the second episode."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "DyingPool":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, function, plans):
+        yield SimpleNamespace(success=True, steps=3)
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+
+def test_a_dead_worker_is_one_sentence_and_its_finished_episodes_are_kept(tmp_path, monkeypatch, capsys):
+    world_model = save_checkpoint(tmp_path / "world_model", "world_model", {"weight": torch.zeros(1)}, {}, Contract(), {})
+    base, tuned = save_pair(tmp_path, 1, world_model, ("open_drawer",))
+    monkeypatch.setattr("diwa_core.evaluate.evaluation.ProcessPoolExecutor", DyingPool)
+    words = ["evaluate", "--pair", str(base), str(tuned), "--out", str(tmp_path / "out"), "--world-model"]
+    assert main([*words, str(tmp_path / "world_model")]) == 2
+    assert "found one that ended after 1 episodes (a process was terminated abruptly)" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 1
+    assert main([*words, str(tmp_path / "none")]) == 2
+    assert f"{tmp_path / 'none'}: " in capsys.readouterr().err
 
 
 def test_command_refuses_what_does_not_fit_together(tmp_path, capsys):

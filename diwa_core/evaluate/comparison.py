@@ -147,7 +147,7 @@ class Comparison:
         return next((row for row in self.skills if row.skill == skill), None)
 
     def write(self, path: str | Path) -> None:
-        """Write JSON in one step: the episodes, and under `summary` what follows from them (`read` derives it anew)."""
+        """Write JSON in one step: the episodes, and under `summary` what follows from them (`read` derives it anew). Raises DataError."""
         estimates = ("base", "finetuned", "gain")
         summary = {
             "mean": {name: to_dict(getattr(self, name)) for name in estimates},
@@ -164,9 +164,12 @@ class Comparison:
         }
         path = Path(path)
         temporary = path.with_name(f".{path.name}.new")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"format": FORMAT_VERSION, "summary": summary, **to_dict(self)}, indent=1))
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"format": FORMAT_VERSION, "summary": summary, **to_dict(self)}, indent=1))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {error}. Free space or choose another folder; the episodes are kept.") from error
 
     @staticmethod
     def read(path: str | Path) -> Comparison:
