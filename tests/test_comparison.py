@@ -333,6 +333,7 @@ def shipped(tmp_path) -> Path:
         update_card(pair[1] / skill, {"success_evaluation": {"success": 0.9, "low": 0.8, "high": 0.95, "episodes": 100, "seed": 0}})
     figures = {"precision": 0.97, "recall": 0.5}
     card = {"events": 7, "filtered": {"frames": figures, "episodes": figures}, "imagined": {"frames": figures}}
+    card["rollouts"] = {"events": 9, "filtered": {"episodes": {"precision": None, "recall": 1.0}}}
     threshold, origin = {"threshold": torch.tensor(0.75)}, {"world_model": identity}
     save_checkpoint(tmp_path / "classifiers" / "open_drawer", "classifier", threshold, {}, Contract(), origin, card)
     compare_policies([pair], tmp_path / "journal", FakeRunner(), starts=STARTS).write(tmp_path / "comparison.json")
@@ -348,7 +349,8 @@ def test_card_shows_base_beside_finetuned_and_classifiers(shipped, capsys):
     assert "| 0 | 50 → 60 | 17, 15 |" in page and "Imagined from: beginnings of 40 demonstrations" in page and "| mean | 42 [" in page
     tuned, base = (load_checkpoint(shipped / part / "open_drawer").identity[:12] for part in ("finetuned", "policies"))
     assert f"| open_drawer | `{tuned}` | `{base}` | 50 → 60 | 90 % [80, 95] | 100, 0 |" in page
-    assert "| 0.75 | 0.97 / 0.50 | 0.97 / 0.50 | 0.97 / 0.50 | - / - | 7 |" in page
+    assert "| 0.75 | play | 0.97 / 0.50 | 0.97 / 0.50 | 0.97 / 0.50 | - / - | 7 |" in page
+    assert "| 0.75 | rollouts | - / - | - / 1.00 | - / - | - / - | 9 |" in page
     assert "!" not in page
 
 

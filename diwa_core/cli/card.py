@@ -126,18 +126,20 @@ def classifier_table(classifiers: dict[str, Checkpoint], world_model: str) -> li
     """Precision / recall of each classifier on held-out data, as its training wrote them into the manifest."""
     kinds = [(latents, unit) for latents in ("filtered", "imagined") for unit in ("frames", "episodes")]
     heads = " | ".join(f"{latents} {unit}" for latents, unit in kinds)
-    rows = [
-        "Precision / recall on held-out play at the threshold, on filtered and on imagined latents; events: real successes in it.",
-        "",
-    ]
-    rows += [f"| skill | identity | threshold | {heads} | events |", "|---" * 8 + "|"]
+    rows = ["Precision / recall at the threshold, on filtered and on imagined latents; events: real successes that it was measured on.", ""]
+    rows += [f"| skill | identity | threshold | held-out | {heads} | events |", "|---" * 9 + "|"]
     for name, classifier in classifiers.items():
-        card = classifier.card
-        pairs = [[card.get(latents, {}).get(unit, {}).get(figure) for figure in ("precision", "recall")] for latents, unit in kinds]
-        cells = [" / ".join("-" if value is None else f"{value:.2f}" for value in pair) for pair in pairs]
-        threshold = classifier.tensors["threshold"].item()
-        rows.append(f"| {name} | {identify(classifier, world_model)} | {threshold:.2f} | {' | '.join(cells)} | {card.get('events', '-')} |")
+        begin = f"| {name} | {identify(classifier, world_model)} | {classifier.tensors['threshold'].item():.2f} |"
+        measured = {"play": classifier.card, "rollouts": classifier.card.get("rollouts")}
+        for data, figures in ((data, figures) for data, figures in measured.items() if figures is not None):
+            cells = [precision_recall(figures.get(latents, {}).get(unit, {})) for latents, unit in kinds]
+            rows.append(f"{begin} {data} | {' | '.join(cells)} | {figures.get('events', '-')} |")
     return rows
+
+
+def precision_recall(figures: dict) -> str:
+    """Both, a dash for one that is not stated or not defined."""
+    return " / ".join("-" if (value := figures.get(name)) is None else f"{value:.2f}" for name in ("precision", "recall"))
 
 
 def identify(checkpoint: Checkpoint, world_model: str) -> str:
