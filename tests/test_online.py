@@ -209,6 +209,7 @@ def test_a_run_stops_at_its_target_and_knows_it_when_started_again(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # an evaluation has processes of its own to start
 def test_the_command_writes_a_checkpoint_with_its_lineage_and_refuses_another_configuration(tmp_path: Path) -> None:
     model = make_model()
     world = save_world_model(tmp_path / "world", model, Contract(), {})
