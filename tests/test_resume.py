@@ -91,10 +91,11 @@ def test_states_that_do_not_fit_are_refused_and_a_failed_write_keeps_the_old_one
 
 
 def test_a_run_folder_keeps_its_configuration_and_drops_rows_that_will_be_repeated(tmp_path: Path) -> None:
-    guard_run(tmp_path / "run", {"seed": 1, "sizes": (1, 2)})
-    guard_run(tmp_path / "run", {"seed": 1, "sizes": (1, 2)})
-    with pytest.raises(ConfigError, match="seed = 1, now 2"):
-        guard_run(tmp_path / "run", {"seed": 2, "sizes": (1, 2)})
+    wanted = {"seed": 1, "ppo": {"batch": 2, "range": (1, 2)}}
+    guard_run(tmp_path / "run", wanted)
+    guard_run(tmp_path / "run", wanted)
+    with pytest.raises(ConfigError, match=r"started with seed = 1, ppo\.batch = 2, now seed = 2, ppo\.batch = 3\."):
+        guard_run(tmp_path / "run", {"seed": 2, "ppo": {"batch": 3, "range": (1, 2)}})
     rows = "".join(json.dumps({"iteration": i}) + "\n" for i in range(4)) + '{"iteration": 4, "succ'
     (tmp_path / "run" / "metrics.jsonl").write_text(rows)
     with open_metrics(tmp_path / "run", 3) as log:

@@ -86,13 +86,18 @@ def guard_run(run_dir: str | Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         _replace_text(path, json.dumps(wanted, indent=1))
         return
-    found = json.loads(path.read_text())
-    for key in wanted.keys() | found.keys():
-        if found.get(key) != wanted.get(key):
-            raise ConfigError(
-                f"{run_dir} was started with {key} = {found.get(key)}, now {wanted.get(key)}. "
-                "Use another run folder, or what it was started with."
-            )
+    found, wanted = _flatten_dict(json.loads(path.read_text())), _flatten_dict(wanted)
+    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
+    if changed:
+        was, now = (", ".join(f"{key} = {values.get(key)}" for key in changed) for values in (found, wanted))
+        raise ConfigError(f"{run_dir} was started with {was}, now {now}. Use another run folder, or what it was started with.")
+
+
+def _flatten_dict(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def open_metrics(run_dir: str | Path, iteration: int) -> TextIO:
