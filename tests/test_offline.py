@@ -16,7 +16,7 @@ from diwa_core.world_model.model import SIZES, WorldModel
 from diwa_core.world_model.rssm import State
 
 SMALL = replace(SIZES["lowdim"], deterministic=8, hidden=8)
-PPO = PPOConfig(iterations=6, batch=16, chunks=3, finetuned_steps=2, epochs=1, minibatch=64, critic_warmup=1)
+PPO = PPOConfig(iterations=6, batch=16, chunks=3, finetuned_steps=2, epochs=1, minibatch=32, critic_warmup=1)
 
 
 class ForwardClassifier(SuccessClassifier):

@@ -175,9 +175,10 @@ def test_log_prob_of_stored_transitions_equals_the_sampled_one_and_has_gradients
     policy = small_policy().add_finetuned(10)
     feature = numbers(8, 5, 6)
     chain = policy.sample_chain(feature, torch.Generator().manual_seed(9))
-    for k in range(10):
-        found = policy.log_prob(feature, chain.states[:, 19 - k], chain.states[:, 20 - k], torch.full((5,), k))
-        assert torch.allclose(found, chain.log_prob[:, 19 - k], atol=1e-4)
+    other = policy.sample_chain(feature, torch.Generator().manual_seed(10))
+    found = policy.chain_log_prob(feature, torch.stack([chain.states[:, -11:], other.states[:, -11:]], 1))
+    assert torch.allclose(found[:, 0], chain.log_prob[:, -10:], atol=1e-4)
+    assert torch.allclose(found[:, 1], other.log_prob[:, -10:], atol=1e-4)
     found.mean().backward()
     assert policy.finetuned.output_layer.weight.grad.abs().max() > 0 and policy.base.output_layer.weight.grad is None
 

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skills", nargs="*", help="default: every skill that has demonstrations")
     parser.add_argument("--per-skill", type=int, default=4, help="demonstrations used of each skill (the first ones)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the denoiser (the paper: 512)")
     parser.add_argument("--updates", type=int, help="default: that of BCConfig")
     parser.add_argument("--threads", type=int, default=1)
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             policy = train_policy(
                 features,
                 chunks,
-                PolicyConfig(feature_size=model.feature_size),
+                PolicyConfig(feature_size=model.feature_size, hidden=(args.hidden,) * 3),
                 config,
                 args.seed,
                 progress=lambda update, loss, skill=skill: progress(skill, update / config.updates),

@@ -26,7 +26,7 @@ class PPOConfig:
     chunks: int = 18  # per episode and iteration
     finetuned_steps: int = 5
     epochs: int = 4
-    minibatch: int = 4096  # pairs
+    minibatch: int = 864  # states, each with all its denoising steps
     actor_rate: float = 1e-4
     critic_rate: float = 1e-3
     clip_first: float = 0.01  # at the noisiest fine-tuned step
@@ -45,7 +45,7 @@ class PPOConfig:
 
 
 PAPER = PPOConfig(
-    iterations=800, batch=50, chunks=36, finetuned_steps=10, epochs=10, minibatch=18_000, actor_rate=1e-5, clip_first=0.001, clip_last=0.01
+    iterations=800, batch=50, chunks=36, finetuned_steps=10, epochs=10, minibatch=1800, actor_rate=1e-5, clip_first=0.001, clip_last=0.01
 )
 
 
@@ -101,7 +101,8 @@ def advantages(rollout: Rollout, gamma: float, gae_lambda: float) -> tuple[Tenso
 
 
 def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, k: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate over (state, k) pairs [N] and the mean approximate KL. k counts down to 0, the last denoising step."""
+    """Clipped surrogate over (state, k) pairs (any broadcastable shapes) and the mean approximate KL. k counts down to 0, the last denoising
+    step."""
     log_ratio = new - old
     ratio = log_ratio.exp()
     discounted = advantage * config.denoising_discount ** k.float()
@@ -203,16 +204,15 @@ class DenoisingPPO:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         frozen = self._frozen_chains(features) if config.bc_scale else None
         kl = loss = cloning = torch.zeros(())
+        k = torch.arange(config.finetuned_steps - 1, -1, -1, device=old.device)
         for _ in range(config.epochs):
-            for pairs in torch.randperm(old.numel(), generator=self.generator, device=old.device).split(config.minibatch):
-                state, i = pairs // config.finetuned_steps, pairs % config.finetuned_steps  # i counts up from the noisiest
-                k = config.finetuned_steps - 1 - i
-                new = self._reduce(self.policy.log_prob(features[state], chains[state, i], chains[state, i + 1], k, config.std_floor))
-                loss, kl = policy_loss(new, old[state, i], advantage[state], k, config)
+            for rows in torch.randperm(len(old), generator=self.generator, device=old.device).split(config.minibatch):
+                both = chains[rows, None] if frozen is None else torch.stack([chains[rows], frozen[rows]], 1)
+                log_prob = self._reduce(self.policy.chain_log_prob(features[rows], both, config.std_floor))
+                loss, kl = policy_loss(log_prob[:, 0], old[rows], advantage[rows, None], k, config)
                 total = loss
                 if frozen is not None:
-                    density = self.policy.log_prob(features[state], frozen[state, i], frozen[state, i + 1], k, config.std_floor)
-                    cloning = -self._reduce(density).mean()
+                    cloning = -log_prob[:, 1].mean()
                     total = loss + config.bc_scale * cloning
                 self.actor_optimizer.zero_grad(set_to_none=True)
                 total.backward()

@@ -141,15 +141,19 @@ class DiffusionPolicy(nn.Module):
             log_prob.append(gaussian_log_prob(states[-1], mean, std))
         return Chain(torch.stack(states, dim=1), torch.stack(log_prob, dim=1))
 
-    def log_prob(self, feature: Tensor, noisy: Tensor, cleaner: Tensor, k: Tensor, std_floor: float = 0.1) -> Tensor:
-        """Log density [B, H, A] of the transitions noisy -> cleaner [B, H, A] at steps k [B], with gradients, for a policy gradient.
+    def chain_log_prob(self, feature: Tensor, chains: Tensor, std_floor: float = 0.1) -> Tensor:
+        """Log density [B, M, K', H, A] of the last K' transitions of M chains [B, M, K'+1, H, A] per feature [B, F], with gradients.
 
-        Runs on the fine-tuned network, so every k must be below `finetuned_steps`; on the base where there is none.
+        Runs on the fine-tuned network, so K' must not exceed `finetuned_steps`; on the base where there is none. The feature is embedded
+        once for all of its transitions.
         """
         network = self.finetuned if self.finetuned is not None else self.base
-        predicted = network(noisy, k, network.embed(self._standardise(feature)))
-        mean, std = self.schedule.transition(noisy, predicted, k, k - 1, eta=1.0)
-        return gaussian_log_prob(cleaner, mean, std.clamp(min=std_floor))
+        batch, count, steps = chains.shape[0], chains.shape[1], chains.shape[2] - 1
+        noisy, cleaner = chains[:, :, :-1].flatten(0, 2), chains[:, :, 1:].flatten(0, 2)
+        k = torch.arange(steps - 1, -1, -1, device=chains.device).repeat(batch * count)
+        embedded = network.embed(self._standardise(feature)).repeat_interleave(count * steps, 0)
+        mean, std = self.schedule.transition(noisy, network(noisy, k, embedded), k, k - 1, eta=1.0)
+        return gaussian_log_prob(cleaner, mean, std.clamp(min=std_floor)).view(batch, count, steps, *chains.shape[3:])
 
     def _step(
         self, embed: dict[Denoiser, Tensor], noisy: Tensor, k: int, previous: int, eta: float, base_only: bool = False
