@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +15,18 @@ from diwa_core import __version__
 from diwa_core.config import from_dict, load_yaml, to_dict
 from diwa_core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from diwa_core.world_model.distributed import Ranks
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sub-commands train and report."""
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train on play stores; a killed run goes on where it stopped")
+    train = commands.add_parser(
+        "train",
+        help="train on play stores; a killed run goes on where it stopped",
+        epilog="Several GPUs or hosts: torchrun --nproc-per-node N -m diwa_core.cli.main world-model train ...; the batch is shared.",
+    )
     train.add_argument("--play", nargs="+", required=True, help="play stores")
     train.add_argument("--size", default="small", help="small, paper or lowdim")
     train.add_argument("--run-dir", required=True, help="run folder (state, metrics, TensorBoard)")
@@ -47,7 +56,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train and write a checkpoint."""
+    """Train, alone or as one of the processes that torchrun started, and write a checkpoint."""
+    from diwa_core.world_model.distributed import join_ranks
+
+    with join_ranks(args.device) as (ranks, device):
+        if not ranks.main:
+            logging.getLogger().setLevel(logging.WARNING)
+        return _train(args, ranks, device)
+
+
+def _train(args: argparse.Namespace, ranks: Ranks, device: str) -> int:
     from diwa_core.cli.progress import stage_progress, stop_between_updates
     from diwa_core.data.store import PlayStore
     from diwa_core.world_model.filter import load_world_model, save_world_model
@@ -65,13 +83,19 @@ def train(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(training.seed)
     stores = [PlayStore.open(path) for path in args.play]
-    data = PlayData(stores, model_config)
-    model = WorldModel(model_config).to(args.device)
+    seen = model_config  # of the play: pictures behind frozen codes are for the process that encodes them
+    if model_config.frozen_embedding and not ranks.main:
+        seen = replace(model_config, views=(), code_sizes=())
+    data = PlayData(stores, seen)
+    model = WorldModel(model_config).to(device)
     logging.getLogger(__name__).info("%s\n%d frames of play", model, len(data.low))
-    codes_from, codes = load_world_model(args.codes, device=args.device) if args.codes else (None, None)
-    trainer = Trainer(model, data, training, args.run_dir, codes_from)
-    with stage_progress() as progress, stop_between_updates(progress, lambda: trainer.step and trainer.save()) as report:
+    codes_from, codes = load_world_model(args.codes, device=device) if args.codes else (None, None)
+    trainer = Trainer(model, data, training, args.run_dir, codes_from, ranks)
+    shown = stage_progress() if ranks.main else nullcontext(lambda stage, done: None)
+    with shown as progress, stop_between_updates(progress, lambda: trainer.step and trainer.save()) as report:
         metrics = trainer.run(report)
+    if not ranks.main:
+        return 0
     lineage = {
         "play": [store.content_hash for store in stores],
         "training": to_dict(training),
@@ -79,6 +103,7 @@ def train(args: argparse.Namespace) -> int:
         "frames": len(data.low),
         "seconds": round(trainer.seconds),
         "device": args.device,
+        "processes": ranks.count,
         **({"codes": codes.identity} if codes else {}),
     }
     path = args.out or str(Path(args.run_dir) / "checkpoint")

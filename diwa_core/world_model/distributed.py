@@ -82,18 +82,17 @@ class Ranks:
         """Average the parameters' gradients in place, and the metrics; one message. Raises ProcessLost."""
         if self.count == 1:
             return metrics
-        for parameter in parameters:
-            if parameter.grad is None:  # nothing in these rows depends on it
-                parameter.grad = torch.zeros_like(parameter)
-        numbers = torch.tensor(list(metrics.values()), device=parameters[0].device)
-        tensors = [parameter.grad for parameter in parameters] + [numbers]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        used = [float(p.grad is not None) for p in parameters]  # the initial state is not, where no row is reset
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        numbers = torch.tensor([*metrics.values(), *used], device=gradients[0].device)
+        flat = torch.cat([tensor.flatten() for tensor in (*gradients, numbers)])
         with _notice_loss():
             distributed.all_reduce(flat)
-        flat /= self.count
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-        return dict(zip(metrics, numbers.tolist(), strict=True))
+        *means, numbers = (flat / self.count).split([tensor.numel() for tensor in (*gradients, numbers)])
+        values, used = numbers.split([len(metrics), len(parameters)])
+        for parameter, mean, share in zip(parameters, means, used.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter) if share else None  # None, as for one process: the optimiser passes it over
+        return dict(zip(metrics, values.tolist(), strict=True))
 
     def gather(self, rows: Tensor) -> Tensor:
         """All processes' rows [B / count, ..] as one batch [B, ..]. Raises ProcessLost."""

@@ -1,0 +1,193 @@
+"""Speed of fine-tuning in imagination: imagined steps/s with the policy in the loop, PPO updates/s, and the parts of an iteration.
+
+Weights of a folder of checkpoints, or random ones: speed depends on their shapes alone, so a part that is missing is filled in, and said.
+`python benchmarks/finetune.py [--device cpu] [--threads 2] [--batch 512] [--checkpoint checkpoints | --size small|paper|lowdim]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diwa_core.errors import CheckpointError
+from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
+from diwa_core.imagination.dream import Dream
+from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
+from diwa_core.policy.store import load_policy
+from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
+from diwa_core.reward.store import load_classifier
+from diwa_core.world_model.filter import load_world_model
+from diwa_core.world_model.model import SIZES, WorldModel
+from diwa_core.world_model.probe import readout
+from diwa_core.world_model.rssm import State
+
+ITERATION = PPOConfig(batch=100, chunks=18, critic_warmup=0)  # 100 dreams x 18 chunks x 4 actions = 7,200 imagined steps
+STARTS = 64
+
+
+class Weights:
+    """World model, policy and classifier, and in `source` where they are from."""
+
+    def __init__(self, checkpoint: Path, size: str | None, skill: str) -> None:
+        try:
+            if size:
+                raise CheckpointError(f"random weights of size {size}")
+            self.model, world = load_world_model(checkpoint / "world_model")
+            self.source, identity = f"world model {world.identity[:16]} of {checkpoint}", world.identity
+        except CheckpointError as error:
+            torch.manual_seed(0)
+            self.model, identity = WorldModel(SIZES[size or "small"]).eval().requires_grad_(False), None
+            self.source = str(error) if size else f"random weights of size small, because {error}"
+        inputs = readout(self.model, self.model.rssm.initial(1)).shape[-1]
+        self.policy = self._part("policy", lambda: load_policy(checkpoint / "policies" / skill, world_model_id=identity), identity)
+        if self.policy is None:
+            self.policy = DiffusionPolicy(PolicyConfig(self.model.feature_size)).eval()
+        self.classifier = self._part("classifier", lambda: load_classifier(checkpoint / "classifiers" / skill, identity), identity)
+        if self.classifier is None:
+            self.classifier = SuccessClassifier(ClassifierConfig(inputs)).eval().requires_grad_(False)
+            self.classifier.threshold.fill_(1.0)  # dreams then last as long as they may
+
+    def _part(self, name: str, load: Callable, identity: str | None) -> torch.nn.Module | None:
+        """A policy or classifier that belongs to the world model, None if there is none."""
+        try:
+            if identity is None:
+                return None
+            return load()[0]
+        except CheckpointError as error:
+            self.source += f"\nrandom {name}, because {error}"
+            return None
+
+    def learner(self, config: PPOConfig, device: str) -> DenoisingPPO:
+        """A fresh fine-tuning; all dreams start where the world model knows nothing yet."""
+        model, classifier = self.model.to(device), copy.deepcopy(self.classifier).to(device)
+        first = model.rssm.initial(STARTS)
+        starts = State(first.h.contiguous(), first.z.contiguous())
+        dream = Dream([model], classifier, [starts], config.batch, config.chunks)
+        return DenoisingPPO(self.policy.to(device), dream, config)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device's queue."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class Shares:
+    """Seconds spent in wrapped methods; a wrapped method that is called by another one is part of that."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds, self._inside = device, Counter(), False
+
+    def wrap(self, owner: object, method: str, part: str) -> None:
+        """Count the time of `owner.method` as `part`."""
+        call = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            if self._inside:
+                return call(*args, **kwargs)
+            synchronise(self.device)
+            start, self._inside = time.perf_counter(), True
+            result = call(*args, **kwargs)
+            synchronise(self.device)
+            self.seconds[part] += time.perf_counter() - start
+            self._inside = False
+            return result
+
+        setattr(owner, method, timed)
+
+
+def steps_per_s(learner: DenoisingPPO, device: str, least_s: float) -> float:
+    """Imagined environment steps per second: exploring policy and dream, nothing learned."""
+    config, chunks = learner.config, 0
+    horizon = learner.policy.config.horizon
+
+    def act() -> None:
+        chain = learner.policy.sample_chain(learner.feature, learner.generator, std_floor=config.std_floor)
+        learner.feature = learner.env.step(chain.actions).feature
+
+    act()
+    synchronise(device)
+    start = time.perf_counter()
+    while chunks < 3 or time.perf_counter() - start < least_s:
+        act()
+        chunks += 1
+        synchronise(device)
+    return chunks * config.batch * horizon / (time.perf_counter() - start)
+
+
+def time_iterations(learner: DenoisingPPO, device: str, least_s: float) -> tuple[float, Counter, float]:
+    """Seconds per iteration, seconds of its parts, and the actor's updates per second of the time spent on them."""
+    learner.iterate()
+    shares, iterations, updates = Shares(device), 0, 0
+    shares.wrap(learner.env, "_imagine", "world-model step")
+    shares.wrap(learner.env.classifier, "success", "classifier")
+    shares.wrap(learner.policy, "sample_chain", "policy sampling")
+    shares.wrap(learner, "_fit_actor", "PPO actor")
+    shares.wrap(learner, "_fit_critic", "PPO critic")
+
+    def count(*_) -> None:
+        nonlocal updates
+        updates += 1
+
+    learner.actor_optimizer.register_step_post_hook(count)
+    start = time.perf_counter()
+    while iterations < 1 or time.perf_counter() - start < least_s:
+        learner.iterate()
+        iterations += 1
+        synchronise(device)
+    seconds = (time.perf_counter() - start) / iterations
+    parts = Counter({part: spent / iterations for part, spent in shares.seconds.items()})
+    parts["the rest: values, start states, bookkeeping"] = seconds - parts.total()
+    return seconds, parts, updates / shares.seconds["PPO actor"]
+
+
+def measure(weights: Weights, device: str, batches: list[int], least_s: float, console: Console) -> None:
+    """Tables of one device."""
+    table = Table("imagined environment steps/s, policy sampling included", "steps/s", title=device)
+    for batch in batches:
+        learner = weights.learner(replace(ITERATION, batch=batch), device)
+        table.add_row(f"{batch} dreams in parallel", f"{steps_per_s(learner, device, least_s):,.0f}")
+    console.print(table)
+    learner = weights.learner(ITERATION, device)
+    seconds, parts, updates = time_iterations(learner, device, least_s)
+    steps = ITERATION.batch * ITERATION.chunks * learner.policy.config.horizon
+    table = Table(f"iteration of {steps:,} imagined steps", f"{seconds:.2f} s")
+    for part, spent in parts.most_common():
+        table.add_row(part, f"{spent / seconds:.0%}")
+    table.add_row(f"PPO updates/s (minibatch {ITERATION.minibatch})", f"{updates:.1f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure every device and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", action="append", help="repeat for several (default: cpu, and cuda if there is one)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="dreams in parallel; repeat for several (default: 512, on a GPU also 16384)"
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints"), help="folder with world_model/, policies/ and classifiers/")
+    parser.add_argument("--size", choices=tuple(SIZES), help="random weights of a named size instead")
+    parser.add_argument("--skill", default="open_drawer")
+    parser.add_argument("--seconds", type=float, default=5.0, help="least time per measurement")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=110)
+    weights = Weights(options.checkpoint, options.size, options.skill)
+    console.print(f"{weights.source}\n{weights.model}\n{options.threads} threads, float32")
+    for device in options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        batches = options.batch or ([512] if device == "cpu" else [512, 16384])
+        measure(weights, device, batches, options.seconds, console)
+
+
+if __name__ == "__main__":
+    main()
