@@ -35,43 +35,43 @@ STARTS = 64
 
 
 class Weights:
-    """World model, policy and classifier, and in `source` where they are from."""
+    """World model, policy and classifier; `notes` says where each is from."""
 
-    def __init__(self, checkpoint: Path, size: str | None, skill: str) -> None:
-        try:
-            if size:
-                raise CheckpointError(f"random weights of size {size}")
-            self.model, world = load_world_model(checkpoint / "world_model")
-            self.source, identity = f"world model {world.identity[:16]} of {checkpoint}", world.identity
-        except CheckpointError as error:
-            torch.manual_seed(0)
-            self.model, identity = WorldModel(SIZES[size or "small"]).eval().requires_grad_(False), None
-            self.source = str(error) if size else f"random weights of size small, because {error}"
-        inputs = readout(self.model, self.model.rssm.initial(1)).shape[-1]
-        self.policy = self._part("policy", lambda: load_policy(checkpoint / "policies" / skill, world_model_id=identity), identity)
+    def __init__(self, folder: Path | None, size: str, skill: str, hidden: int, autocast: bool) -> None:
+        """folder: of checkpoints; None for random weights of `size` and a policy of width `hidden`."""
+        self.autocast, self.notes = autocast, []
+        torch.manual_seed(0)
+        self.model, identity = self._load(folder, "world_model", load_world_model)
+        if self.model is None:
+            self.model, folder = WorldModel(SIZES[size]).eval().requires_grad_(False), None
+        self.policy, _ = self._load(folder, f"policies/{skill}", lambda path: load_policy(path, world_model_id=identity))
         if self.policy is None:
-            self.policy = DiffusionPolicy(PolicyConfig(self.model.feature_size)).eval()
-        self.classifier = self._part("classifier", lambda: load_classifier(checkpoint / "classifiers" / skill, identity), identity)
+            self.policy = DiffusionPolicy(PolicyConfig(self.model.feature_size, hidden=(hidden,) * 3)).eval()
+        self.classifier, _ = self._load(folder, f"classifiers/{skill}", lambda path: load_classifier(path, identity))
         if self.classifier is None:
+            inputs = readout(self.model, self.model.rssm.initial(1)).shape[-1]
             self.classifier = SuccessClassifier(ClassifierConfig(inputs)).eval().requires_grad_(False)
             self.classifier.threshold.fill_(1.0)  # dreams then last as long as they may
 
-    def _part(self, name: str, load: Callable, identity: str | None) -> torch.nn.Module | None:
-        """A policy or classifier that belongs to the world model, None if there is none."""
-        try:
-            if identity is None:
-                return None
-            return load()[0]
-        except CheckpointError as error:
-            self.source += f"\nrandom {name}, because {error}"
-            return None
+    def _load(self, folder: Path | None, name: str, load: Callable) -> tuple[torch.nn.Module | None, str]:
+        """A part of the checkpoints and its identity; None where it is missing or belongs to another world model."""
+        if folder is not None:
+            try:
+                module, checkpoint = load(folder / name)
+                self.notes.append(f"{name}: {folder}, identity {checkpoint.identity[:16]}")
+                return module, checkpoint.identity
+            except CheckpointError as error:
+                self.notes.append(f"{name}: random weights, because {error}")
+                return None, ""
+        self.notes.append(f"{name}: random weights")
+        return None, ""
 
     def learner(self, config: PPOConfig, device: str) -> DenoisingPPO:
         """A fresh fine-tuning; all dreams start where the world model knows nothing yet."""
         model, classifier = self.model.to(device), copy.deepcopy(self.classifier).to(device)
         first = model.rssm.initial(STARTS)
         starts = State(first.h.contiguous(), first.z.contiguous())
-        dream = Dream([model], classifier, [starts], config.batch, config.chunks)
+        dream = Dream([model], classifier, [starts], config.batch, config.chunks, autocast=self.autocast)
         return DenoisingPPO(self.policy.to(device), dream, config)
 
 
@@ -163,7 +163,7 @@ def measure(weights: Weights, device: str, batches: list[int], least_s: float, c
     table = Table(f"iteration of {steps:,} imagined steps", f"{seconds:.2f} s")
     for part, spent in parts.most_common():
         table.add_row(part, f"{spent / seconds:.0%}")
-    table.add_row(f"PPO updates/s (minibatch {ITERATION.minibatch})", f"{updates:.1f}")
+    table.add_row(f"PPO updates/s (of {ITERATION.minibatch} states)", f"{updates:.1f}")
     console.print(table)
 
 
@@ -177,13 +177,18 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints"), help="folder with world_model/, policies/ and classifiers/")
     parser.add_argument("--size", choices=tuple(SIZES), help="random weights of a named size instead")
+    parser.add_argument("--hidden", type=int, default=256, help="width of a random policy (the paper: 512)")
+    parser.add_argument("--autocast", action="store_true", help="dream in bfloat16")
     parser.add_argument("--skill", default="open_drawer")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per measurement")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=110)
-    weights = Weights(options.checkpoint, options.size, options.skill)
-    console.print(f"{weights.source}\n{weights.model}\n{options.threads} threads, float32")
+    folder = None if options.size else options.checkpoint
+    weights = Weights(folder, options.size or "small", options.skill, options.hidden, options.autocast)
+    precision = "dreams in bfloat16, all else in float32" if options.autocast else "float32"
+    console.print("\n".join(weights.notes), weights.model, f"policy {weights.policy.config.hidden}", sep="\n")
+    console.print(f"{options.threads} threads, {precision}")
     for device in options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         batches = options.batch or ([512] if device == "cpu" else [512, 16384])
         measure(weights, device, batches, options.seconds, console)

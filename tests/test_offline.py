@@ -63,6 +63,17 @@ def test_the_driver_decides_and_the_first_model_takes_note():
     assert torch.allclose(dream.driver_h, torch.cat([own.h, other.h]), atol=1e-6)
 
 
+def test_dreams_in_bfloat16_are_nearly_those_in_float32():
+    imagination = make_imagination()
+    dreams = [
+        Dream(imagination.models[:1], imagination.classifier, imagination.starts[:1], 5, autocast=autocast) for autocast in (False, True)
+    ]
+    chunk = torch.rand(5, 4, 7) * 0.1
+    exact, rounded = (dream.step(chunk).final_feature for dream in dreams)
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, atol=0.02)
+
+
 def test_an_ensemble_of_equal_models_dreams_as_one():
     imagination = make_imagination()
     twice = replace(imagination, models=[imagination.models[0]] * 2, starts=[imagination.starts[0]] * 2)
@@ -81,7 +92,7 @@ def test_dreams_that_do_not_fit_their_models_are_refused(arguments):
     if len(arguments.get("starts", ())) == 2:
         arguments = {"starts": [imagination.starts[0], arguments["starts"][0]]}
     fields = {"starts": imagination.starts, "drivers": (0,)} | arguments
-    with pytest.raises(ConfigError, match="models of a dream|a dream of"):
+    with pytest.raises(ConfigError, match=r"models of a dream|a dream of"):
         Dream(imagination.models, imagination.classifier, fields["starts"], 4, drivers=fields["drivers"])
 
 
@@ -139,7 +150,7 @@ def test_the_judges_choose_among_all_candidates_and_the_base(tmp_path, monkeypat
 def test_learning_that_breaks_down_keeps_the_last_good_state(tmp_path):
     imagination = make_imagination()
     wild = FinetuneConfig(replace(PPO, actor_rate=1e25), judge_every=1, judge_episodes=8, report_episodes=8)
-    with pytest.raises(DiwaError, match="not finite.*Lower actor_rate"):
+    with pytest.raises(DiwaError, match=r"not finite.*Lower actor_rate"):
         finetune(imagination, make_policy(imagination), wild, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert rows and all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)

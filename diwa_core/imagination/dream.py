@@ -43,6 +43,7 @@ class Dream:
     models: world models that share their embedding. The first one's states are what the policy sees. `drivers` are the numbers of the
     models that decide what happens, each in an equal share of the episodes: an ensemble is harder to exploit than one model, and a model
     that never drove while the policy learned is an honest judge. starts: the same recorded frames as filtered by each model.
+    autocast: the world models' matrix products in bfloat16, as they were trained; not bit for bit what float32 dreams.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Dream:
         max_chunks: int = 18,
         seed: int = 0,
         drivers: tuple[int, ...] = (0,),
+        autocast: bool = False,
     ) -> None:
         if len(models) != len(starts) or not all(0 <= driver < len(models) for driver in drivers) or not drivers:
             raise ConfigError(
@@ -62,7 +64,7 @@ class Dream:
         if not all(torch.equal(start.z, starts[0].z) for start in starts):
             raise ConfigError("the models of a dream must share their embedding; train them with `diwa world-model train --codes`.")
         self.models, self.classifier, self.starts, self.batch, self.max_chunks = models, classifier, starts, batch, max_chunks
-        self.device = models[0].device
+        self.device, self.autocast = models[0].device, autocast
         self.generator = torch.Generator(self.device).manual_seed(seed)
         edges = torch.linspace(0, batch, len(drivers) + 1).round().long().tolist()
         self.parts = [(driver, slice(*rows)) for driver, rows in zip(drivers, pairwise(edges), strict=True)]
@@ -86,7 +88,8 @@ class Dream:
         """Execute `chunk` [B, H, A] open loop."""
         success = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         for action in executable(chunk).unbind(1):
-            self._imagine(action)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                self._imagine(action)
             success |= self.classifier.success(readout(self.models[0], self.latent), self.start_readout)
         self.chunks += 1
         truncated = (self.chunks >= self.max_chunks) & ~success

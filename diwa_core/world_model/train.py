@@ -365,7 +365,9 @@ class Trainer:
                 try:
                     metrics = self.update()
                 except ProcessLost:
-                    self.save()
+                    if self.ranks.main:
+                        self.save()
+                        logger.error("another process of this training is lost; the state of step %d is kept", self.step)
                     raise
                 report("world model", self.step / self.config.steps)
                 if log is None:
