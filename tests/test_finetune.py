@@ -9,7 +9,7 @@ import torch
 from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig, RewardScale, Rollout, advantages, clip_schedule, policy_loss
 from diwa_core.imagination.dream import Dream, DreamStep, executable
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
-from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier, contrastive_loss
+from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
 from diwa_core.world_model.model import SIZES, WorldModel
 from diwa_core.world_model.rssm import State
 
@@ -68,19 +68,6 @@ def test_reward_scale_is_the_deviation_of_discounted_returns():
         seen.append(returns.copy())
         returns = np.where(done, 0, returns)
     assert np.allclose(scaled.numpy(), rewards / np.std(seen), rtol=1e-3)
-
-
-def test_contrastive_loss_equals_its_definition():
-    torch.manual_seed(0)
-    embedding, label = torch.randn(6, 4), torch.tensor([0.0, 0, 1, 1, 1, 0])
-    unit = torch.nn.functional.normalize(embedding, dim=-1).numpy()
-    total = []
-    for i in range(6):
-        others = [j for j in range(6) if j != i]
-        denominator = sum(np.exp(unit[i] @ unit[j] / 0.5) for j in others)
-        positives = [j for j in others if label[j] == label[i]]
-        total.append(-np.mean([np.log(np.exp(unit[i] @ unit[j] / 0.5) / denominator) for j in positives]))
-    assert np.isclose(contrastive_loss(embedding, label, 0.5).item(), np.mean(total), atol=1e-5)
 
 
 class CountingModel(WorldModel):

@@ -28,14 +28,20 @@ def save_classifier(
     return save_checkpoint(path, KIND, classifier.state_dict(), config, contract, lineage, card, half=True)
 
 
-def load_classifier(path: str | Path, world_model_id: str | None = None) -> tuple[SuccessClassifier, Checkpoint]:
-    """Read a classifier, in evaluation mode. Raises CheckpointError, also when it belongs to another world model."""
+def load_classifier(path: str | Path, world_model_id: str | None = None, skill: str | None = None) -> tuple[SuccessClassifier, Checkpoint]:
+    """Read a classifier, in evaluation mode. Raises CheckpointError, also when it belongs to another world model or skill."""
     checkpoint = load_checkpoint(path, KIND)
+    judged = checkpoint.config.get("skill")
+    if skill is not None and judged != skill:
+        raise CheckpointError(f"{path}: expected a classifier of '{skill}', found one of {judged!r}. Give the path of the other one.")
     found = checkpoint.lineage.get("world_model")
     if world_model_id is not None and found != world_model_id:
         raise CheckpointError(
             f"{path}: expected a classifier of world model '{world_model_id[:16]}', found one of {str(found)[:16]!r}. Train it again."
         )
-    classifier = SuccessClassifier(from_dict(ClassifierConfig, checkpoint.config["classifier"], f"{path}: classifier"))
-    classifier.load_state_dict(checkpoint.tensors)
+    classifier = SuccessClassifier(from_dict(ClassifierConfig, checkpoint.config.get("classifier", {}), f"{path}: classifier"))
+    try:
+        classifier.load_state_dict(checkpoint.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: tensors do not fit the configuration in its manifest: {error}") from error
     return classifier.eval().requires_grad_(False), checkpoint

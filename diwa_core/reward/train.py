@@ -1,123 +1,99 @@
-"""Train and calibrate success classifiers on recorded play whose frames can be judged (simulator's oracle, or an operator's marks).
+"""Train a success classifier on windows of recorded episodes.
 
-Windows of play give everything at once: successes, near misses, and frames where nothing happened, as filtered and as imagined latents.
 Letters: B windows, T frames after the warm-up, R read-out.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from diwa_core.data.sequences import SequenceIndex
 from diwa_core.errors import DataError
 from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
-from diwa_core.sim.skills import skill_progress
-from diwa_core.world_model.model import WorldModel
-from diwa_core.world_model.probe import filter_windows, readout
-from diwa_core.world_model.train import PlayData
+from diwa_core.reward.windows import Windows
+from diwa_core.sim.skills import SKILLS
 
-logger = logging.getLogger(__name__)
-HORIZON = 72
+Pool = tuple[Tensor, Tensor]  # read-outs [B * T, R] and the rows of them to draw from
 
 
-@dataclass
-class Windows:
-    """Read-outs after the warm-up: start [B, R], filtered and imagined [B, T, R], and whether each frame is a success [B, T]."""
-
-    start: Tensor
-    filtered: Tensor
-    imagined: Tensor
-    success: Tensor
-
-
-@dataclass
-class Quality:
-    """Precision and recall of frames and of whole episodes (any frame), on filtered and on imagined latents."""
-
-    frame_precision: float
-    frame_recall: float
-    episode_precision: float
-    episode_recall: float
-    episodes: int
-
-
-def collect_windows(model: WorldModel, data: PlayData, skill: str, count: int, seed: int) -> Windows:
-    """`count` windows of labelled play, half of them with a success in them. Raises DataError without any."""
-    scene_obs, warmup = data.labels["scene_obs"], model.config.warmup_frames
-    length = warmup + HORIZON
-    starts = np.concatenate([np.arange(start, end - length + 1) for start, end in data.episodes])
-    frames = starts[:, None] + np.arange(length)
-    progress = skill_progress(skill, scene_obs[frames[:, warmup - 1], None], scene_obs[frames[:, warmup:]])
-    success = progress > 1
-    rng = np.random.default_rng(seed)
-    good, bad = np.flatnonzero(success.any(1)), np.flatnonzero(~success.any(1))
-    if not len(good):
-        raise DataError(f"skill '{skill}': the play holds no success within {HORIZON} frames; record some, or mark the ones there are.")
-    near = bad[np.argsort(-progress[bad].max(1))[: max(1, len(bad) // 4)]]  # near misses teach the most
-    pick = np.concatenate(
-        [rng.choice(good, count // 2), rng.choice(near, count // 4), rng.choice(bad, count - count // 2 - count // 4)]
-    )
-    index = SequenceIndex(frames[pick], np.arange(length)[None].repeat(count, 0) == 0, np.ones((count, length), bool))
-    filtered = readout(model, filter_windows(model, data, index))
-    index.observed = np.broadcast_to(np.arange(length) < warmup, (count, length))
-    imagined = readout(model, filter_windows(model, data, index))
-    return Windows(filtered[:, warmup - 1], filtered[:, warmup:], imagined[:, warmup:], torch.from_numpy(success[pick]))
-
-
-def train_classifier(windows: Windows, seed: int = 0, config: ClassifierConfig | None = None) -> SuccessClassifier:
-    """Fit a classifier on filtered and imagined frames alike."""
-    config = config or ClassifierConfig(windows.start.shape[-1])
-    with torch.random.fork_rng(devices=[]):
+def train_classifier(
+    windows: Windows,
+    skill: str,
+    config: ClassifierConfig,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda done: None,
+) -> SuccessClassifier:
+    """Fit a classifier of `skill` on filtered and imagined frames alike; windows of other skills are further failures to it."""
+    with torch.random.fork_rng(devices=[windows.start.device] if windows.start.is_cuda else []):
         torch.manual_seed(seed)
-        classifier = SuccessClassifier(config).train()
-        now = torch.cat([windows.filtered, windows.imagined]).flatten(0, 1)
-        start = windows.start.repeat(2, 1)
-        success = windows.success.repeat(2, 1)
-        time = success.shape[1]
-        success = success.flatten()
-        classifier.mean.copy_(now.mean(0))
-        classifier.std.copy_(now.std(0).clamp_min(1e-2))
-        positive, negative = success.nonzero().squeeze(1), (~success).nonzero().squeeze(1)
-        optimizer = torch.optim.AdamW(classifier.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates)
-        for _ in range(config.updates):
-            rows = torch.cat([part[torch.randint(len(part), (config.batch // 2,))] for part in (positive, negative)])
-            loss = classifier.loss(now[rows], start[rows // time], success[rows].float())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        imagined = torch.zeros_like(windows.valid)
+        if config.consistency != "filtered":
+            teaching = replace(config, updates=config.teacher_updates)
+            needed = config.consistency != "off"
+            teacher = _fit(windows, skill, teaching, imagined, lambda done: report(done / 3)) if needed else None
+            imagined = trusted_frames(windows, skill, config, teacher)
+        return _fit(windows, skill, config, imagined, lambda done: report((1 + 2 * done) / 3))
+
+
+def check_successes(windows: Windows, skills: list[str], where: str) -> None:
+    """Raise DataError unless there are successes and failures of every skill among the windows chosen for it."""
+    for skill in skills:
+        success = (windows.success[skill] & windows.valid).any(1)[windows.skill == SKILLS.index(skill)]
+        if not success.any() or success.all():
+            found = f"{int(success.sum())} of {len(success)} windows with a success"
+            raise DataError(f"skill '{skill}': {where} needs successes and failures, found {found}. Record more, or leave the skill out.")
+
+
+def trusted_frames(windows: Windows, skill: str, config: ClassifierConfig, teacher: SuccessClassifier | None) -> Tensor:
+    """Imagined frames [B, T] that are taught with the label of what really happened (see ClassifierConfig.consistency)."""
+    success, keep = windows.success[skill], windows.valid.clone()
+    keep[:, config.imagined_frames :] = False
+    if config.settle_frames:
+        changed = F.pad((success[:, 1:] != success[:, :-1]).float(), (config.settle_frames, config.settle_frames))
+        keep &= F.max_pool1d(changed[:, None], 2 * config.settle_frames, stride=1)[:, 0] == 0
+    if teacher is not None:
+        dreamt = teacher.judge(windows.imagined, windows.start) > 0
+        keep &= (dreamt | ~success) if config.consistency == "positives" else (dreamt == success)
+    return keep
+
+
+def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tensor, report: Callable[[float], None]) -> SuccessClassifier:
+    """Train on all filtered frames and on the `imagined` [B, T] ones."""
+    device, time = windows.start.device, windows.valid.shape[1]
+    classifier = SuccessClassifier(config).to(device).train()
+    kinds = [(windows.filtered.flatten(0, 1), windows.valid), (windows.imagined.flatten(0, 1), imagined)]
+    classifier.mean.copy_(kinds[0][0].mean(0))
+    classifier.std.copy_(kinds[0][0].std(0).clamp_min(1e-2))
+    success, own = windows.success[skill], (windows.skill == SKILLS.index(skill))[:, None]
+    positives = _pools([(now, use & success) for now, use in kinds])
+    negatives = _pools([(now, use & ~success & mine) for now, use in kinds for mine in (own, ~own)])  # near misses are among its own
+    optimizer = torch.optim.AdamW(classifier.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates)
+    label = torch.arange(2, device=device).repeat_interleave(config.batch // 2).float()
+    for update in range(config.updates):
+        draws = [_draw(pools, config.batch // 2) for pools in (negatives, positives)]
+        now, rows = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        loss = classifier.loss(now, windows.start[rows // time], label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        report((update + 1) / config.updates)
     return classifier.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def probabilities(classifier: SuccessClassifier, now: Tensor, start: Tensor) -> Tensor:
-    """Success probability of every frame [B, T]."""
-    repeated = start[:, None].expand(-1, now.shape[1], -1)
-    return torch.cat([classifier(n, s).sigmoid() for n, s in zip(now.split(64), repeated.split(64), strict=True)])
+def _pools(kinds: list[tuple[Tensor, Tensor]]) -> list[Pool]:
+    """Read-outs with the rows of the marked frames [B, T]; without the empty ones."""
+    pools = [(now, marked.flatten().nonzero().squeeze(1)) for now, marked in kinds]
+    return [(now, rows) for now, rows in pools if len(rows)]
 
 
-def calibrate(classifier: SuccessClassifier, windows: Windows) -> float:
-    """Set the threshold that judges whole episodes best (balanced accuracy of 'any frame'), filtered and imagined together; returns it."""
-    best = torch.cat([probabilities(classifier, now, windows.start).amax(1) for now in (windows.filtered, windows.imagined)])
-    real = windows.success.any(1).repeat(2)
-    candidates = torch.linspace(0.3, 0.99, 70)
-    accuracy = torch.stack([((best > c) & real).sum() / real.sum() + ((best <= c) & ~real).sum() / (~real).sum() for c in candidates])
-    classifier.threshold.fill_(candidates[accuracy >= accuracy.max() - 1e-6].median())
-    return classifier.threshold.item()
-
-
-def measure_quality(classifier: SuccessClassifier, now: Tensor, start: Tensor, success: Tensor) -> Quality:
-    """Precision and recall on read-outs now [B, T, R] at the calibrated threshold."""
-    fired = probabilities(classifier, now, start) > classifier.threshold
-
-    def pair(said: Tensor, real: Tensor) -> tuple[float, float]:
-        hits = (said & real).sum().item()
-        return hits / max(said.sum().item(), 1), hits / max(real.sum().item(), 1)
-
-    return Quality(*pair(fired, success), *pair(fired.any(1), success.any(1)), len(success))
+def _draw(pools: list[Pool], count: int) -> tuple[Tensor, Tensor]:
+    """`count` frames, about equally many of each pool: read-outs [count, R] and row numbers [count]."""
+    shares = torch.linspace(0, count, len(pools) + 1).round().int().diff().tolist()
+    parts = [(now, rows[torch.randint(len(rows), (share,), device=rows.device)]) for (now, rows), share in zip(pools, shares, strict=True)]
+    return torch.cat([now[rows] for now, rows in parts]), torch.cat([rows for _, rows in parts])
