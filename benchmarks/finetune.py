@@ -1,6 +1,7 @@
 """Speed of fine-tuning in imagination: imagined steps/s with the policy in the loop, PPO updates/s, and the parts of an iteration.
 
 Weights of a folder of checkpoints, or random ones: speed depends on their shapes alone, so a part that is missing is filled in, and said.
+On a machine that is busy otherwise look at the CPU-seconds, with one thread: threads that wait for each other count as busy.
 `python benchmarks/finetune.py [--device cpu] [--threads 2] [--batch 512] [--checkpoint checkpoints | --size small|paper|lowdim]`
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -105,8 +107,8 @@ class Shares:
         setattr(owner, method, timed)
 
 
-def steps_per_s(learner: DenoisingPPO, device: str, least_s: float) -> float:
-    """Imagined environment steps per second: exploring policy and dream, nothing learned."""
+def steps_per_s(learner: DenoisingPPO, device: str, least_s: float) -> tuple[float, float]:
+    """Imagined environment steps per second and per CPU-second: exploring policy and dream, nothing learned."""
     config, chunks = learner.config, 0
     horizon = learner.policy.config.horizon
 
@@ -116,12 +118,13 @@ def steps_per_s(learner: DenoisingPPO, device: str, least_s: float) -> float:
 
     act()
     synchronise(device)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     while chunks < 3 or time.perf_counter() - start < least_s:
         act()
         chunks += 1
         synchronise(device)
-    return chunks * config.batch * horizon / (time.perf_counter() - start)
+    steps = chunks * config.batch * horizon
+    return steps / (time.perf_counter() - start), steps / (time.process_time() - start_cpu)
 
 
 def time_iterations(learner: DenoisingPPO, device: str, least_s: float) -> tuple[float, Counter, float]:
@@ -152,10 +155,10 @@ def time_iterations(learner: DenoisingPPO, device: str, least_s: float) -> tuple
 
 def measure(weights: Weights, device: str, batches: list[int], least_s: float, console: Console) -> None:
     """Tables of one device."""
-    table = Table("imagined environment steps/s, policy sampling included", "steps/s", title=device)
+    table = Table("imagined environment steps, policy sampling included", "per second", "per CPU-second", title=device)
     for batch in batches:
         learner = weights.learner(replace(ITERATION, batch=batch), device)
-        table.add_row(f"{batch} dreams in parallel", f"{steps_per_s(learner, device, least_s):,.0f}")
+        table.add_row(f"{batch} dreams in parallel", *(f"{speed:,.0f}" for speed in steps_per_s(learner, device, least_s)))
     console.print(table)
     learner = weights.learner(ITERATION, device)
     seconds, parts, updates = time_iterations(learner, device, least_s)
@@ -188,7 +191,7 @@ def main() -> None:
     weights = Weights(folder, options.size or "small", options.skill, options.hidden, options.autocast)
     precision = "dreams in bfloat16, all else in float32" if options.autocast else "float32"
     console.print("\n".join(weights.notes), weights.model, f"policy {weights.policy.config.hidden}", sep="\n")
-    console.print(f"{options.threads} threads, {precision}")
+    console.print(f"{options.threads} of {os.cpu_count()} cores, load average before the start {os.getloadavg()[0]:.1f}; {precision}")
     for device in options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         batches = options.batch or ([512] if device == "cpu" else [512, 16384])
         measure(weights, device, batches, options.seconds, console)
