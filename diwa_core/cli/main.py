@@ -23,6 +23,7 @@ VERBS = (
     Verb("doctor", "say what is installed, what is missing and how to mend it", "diwa_core.cli.doctor"),
     Verb("world-model", "train a world model on play, or measure one", "diwa_core.cli.world_model"),
     Verb("policy", "clone base policies from demonstrations", "diwa_core.cli.policy"),
+    Verb("classifier", "train success classifiers, the reward in imagination, or print how good they are", "diwa_core.cli.classifier"),
     Verb("finetune", "improve a policy in imagination, from recorded data alone", "diwa_core.cli.finetune"),
     Verb("dppo", "improve a policy in the simulator instead: the online baseline, counted in environment steps", "diwa_core.cli.dppo"),
     Verb("evaluate", "measure success rates in the simulator, without ROS", "diwa_core.cli.evaluate"),
