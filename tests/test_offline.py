@@ -3,15 +3,19 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from diwa_core.contract import Contract
+from diwa_core.data.store import PlayStore
 from diwa_core.errors import CheckpointError, ConfigError, DataError, DiwaError
-from diwa_core.finetune.offline import FinetuneConfig, Imagination, demonstration_starts, finetune
+from diwa_core.finetune.offline import FinetuneConfig, Imagination, attempt_windows, demonstration_windows, filter_starts, finetune
 from diwa_core.finetune.ppo import PPOConfig
 from diwa_core.imagination.dream import Dream
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
 from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
+from diwa_core.sim.skills import SKILLS
 from diwa_core.world_model.model import SIZES, WorldModel
 from diwa_core.world_model.rssm import State
 
@@ -37,7 +41,7 @@ def make_imagination(**changes) -> Imagination:
     z = torch.randn(7, models[0].rssm.latent.size) * 0.1
     starts = [State(torch.full((7, 8), 0.1 * i), z) for i in range(2)]
     classifier = ForwardClassifier(ClassifierConfig(models[0].rssm.latent.size))
-    return replace(Imagination(models, classifier, starts, drivers=(0,), judges=(1,)), **changes)
+    return replace(Imagination(models, classifier, starts, starts, drivers=(0,), judges=(1,)), **changes)
 
 
 def make_policy(imagination: Imagination) -> DiffusionPolicy:
@@ -48,7 +52,7 @@ def make_policy(imagination: Imagination) -> DiffusionPolicy:
 
 def test_the_driver_decides_and_the_first_model_takes_note():
     imagination = make_imagination()
-    dream = imagination.dream(5, seed=0, drivers=(0, 1))
+    dream = replace(imagination, drivers=(0, 1)).dream(5, seed=0)
     seer, driver = (model.rssm for model in imagination.models)
     rows = {0: slice(0, 2), 1: slice(2, 5)}
     seen, driven_h = State(dream.latent.h.clone(), dream.latent.z.clone()), dream.driver_h.clone()
@@ -77,7 +81,7 @@ def test_dreams_in_bfloat16_are_nearly_those_in_float32():
 def test_an_ensemble_of_equal_models_dreams_as_one():
     imagination = make_imagination()
     twice = replace(imagination, models=[imagination.models[0]] * 2, starts=[imagination.starts[0]] * 2)
-    alone, together = imagination.dream(6, 0, drivers=(0,)), twice.dream(6, 0, drivers=(0, 1))
+    alone, together = imagination.dream(6, 0), replace(twice, drivers=(0, 1)).dream(6, 0)
     for _ in range(4):
         action = torch.rand(6, 2, 7)
         first, second = alone.step(action), together.step(action)
@@ -163,6 +167,33 @@ def test_saved_dreams_of_another_batch_are_refused():
         imagination.dream(4, 0).load_state(imagination.dream(5, 0).state())
 
 
-def test_no_demonstrations_no_starts():
+def test_no_windows_no_starts():
     with pytest.raises(DataError, match="found none"):
-        demonstration_starts(make_model(0), [])
+        filter_starts(make_model(0), demonstration_windows([], 4))
+
+
+@pytest.fixture
+def play(tmp_path):
+    """120 frames: an attempt at opening the drawer that succeeds, one that does not, one without a mark, one that is too short."""
+    rng = np.random.default_rng(0)
+    length = 120
+    scene = np.zeros((length, 24), np.float32)
+    scene[20:60, 1] = np.linspace(0, 0.2, 40)
+    scene[85:, 1] = 0.2
+    skill = np.full(length, -1, np.int8)
+    skill[20:60], skill[65:80], skill[82:86] = (SKILLS.index("open_drawer"),) * 3
+    scene[60:82, 1] = 0.0
+    store = PlayStore.create(tmp_path / "play", Contract())
+    images = {name: rng.integers(0, 255, (length, 64, 64, 3), dtype=np.uint8) for name in ("rgb_static", "rgb_gripper")}
+    low = {"robot_obs": rng.normal(size=(length, 15)), "target_pose": rng.normal(size=(length, 6)), "actions": np.zeros((length, 7))}
+    store.append_episode({**images, **low, "scene_obs": scene, "skill": skill})
+    return store
+
+
+def test_starts_come_from_attempts_that_succeeded(play):
+    windows = attempt_windows(play, "open_drawer", warmup=4, count=10)
+    assert len(windows) == 1 and np.array_equal(windows[0]["robot_obs"], play.read("robot_obs", 20, 24))
+    state = filter_starts(make_model(0), windows)
+    assert state.h.shape == (1, 8) and state.z.shape[0] == 1
+    with pytest.raises(DataError, match="successful attempts at 'turn_on_led'"):
+        attempt_windows(play, "turn_on_led", warmup=4, count=10)

@@ -24,8 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--policy", required=True, help="checkpoint of the base policy; its skill is the one improved")
     parser.add_argument("--classifier", required=True, help="success classifier of the skill (`diwa classifier train`)")
-    parser.add_argument("--demos", required=True, help="play store of demonstrations: the start states")
-    parser.add_argument("--starts", type=int, default=40, help="demonstrations whose beginnings are the start bank")
+    parser.add_argument(
+        "--demos",
+        required=True,
+        help="store of demonstrations: the skill's own that were not cloned begin in the starts to judge on, all others in the starts to "
+        "learn on, unless the skill is already done there",
+    )
+    parser.add_argument("--play", nargs="*", default=[], help="play stores: successful attempts at the skill begin in starts, too")
+    parser.add_argument("--starts", type=int, default=200, help="attempts used of each play store")
+    parser.add_argument(
+        "--threshold", type=float, help="probability from which a dreamt frame is a success, instead of the classifier's own"
+    )
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument("--run-dir", required=True, help="metrics and the state of a killed run")
     parser.add_argument("--iterations", type=int)
@@ -33,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--actor-rate", type=float)
     parser.add_argument("--finetuned-steps", type=int, help="denoising steps that are fine-tuned")
     parser.add_argument("--batch", type=int, help="dreams in parallel")
+    parser.add_argument("--judge-episodes", type=int, help="dreams that judge a candidate")
+    parser.add_argument("--report-episodes", type=int, help="fresh dreams that measure the base policy and the chosen candidate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -43,14 +54,11 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     import torch
 
-    from diwa_core.cli.policy import demonstrations
     from diwa_core.cli.progress import stage_progress
-    from diwa_core.data.store import PlayStore
-    from diwa_core.finetune.offline import FinetuneConfig, Imagination, demonstration_starts, finetune
+    from diwa_core.finetune.offline import FinetuneConfig, Imagination, finetune
     from diwa_core.finetune.ppo import PPOConfig
     from diwa_core.policy.store import load_policy, save_policy
     from diwa_core.reward.store import load_classifier
-    from diwa_core.sim.skills import SKILLS
     from diwa_core.world_model.filter import load_world_model
 
     torch.set_num_threads(args.threads)
@@ -58,14 +66,18 @@ def run(args: argparse.Namespace) -> int:
     models, world = [model for model, _ in loaded], loaded[0][1]
     policy, base = load_policy(args.policy, world_model_id=world.identity)
     skill = base.config["skill"]
-    classifier, judge = load_classifier(args.classifier, world_model_id=world.identity)
-    episodes = demonstrations(PlayStore.open(args.demos), SKILLS.index(skill), args.starts)
-    starts = [demonstration_starts(model, episodes, seed=args.seed) for model in models]
+    classifier, judge = load_classifier(args.classifier, world_model_id=world.identity, skill=skill)
+    if args.threshold is not None:
+        classifier.threshold.fill_(args.threshold)
+    starts, judge_starts = start_banks(models, classifier, args, skill, base.lineage["episodes"])
     judges = args.judges or [i for i in range(len(models)) if i not in args.drivers] or args.drivers
-    imagination = Imagination(models, classifier.to(args.device), starts, tuple(args.drivers), tuple(judges))
-    options = ("iterations", "bc_scale", "actor_rate", "finetuned_steps", "batch")
-    ppo = replace(PPOConfig(), **{name: getattr(args, name) for name in options if getattr(args, name) is not None})
-    config = FinetuneConfig(ppo=ppo, seed=args.seed)
+    imagination = Imagination(models, classifier.to(args.device), starts, judge_starts, tuple(args.drivers), tuple(judges))
+
+    def given(*names: str) -> dict:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    ppo = replace(PPOConfig(), **given("iterations", "bc_scale", "actor_rate", "finetuned_steps", "batch"))
+    config = FinetuneConfig(ppo=ppo, seed=args.seed, **given("judge_episodes", "report_episodes"))
     with stage_progress() as progress:
 
         def report(metrics: dict) -> None:
@@ -80,11 +92,33 @@ def run(args: argparse.Namespace) -> int:
         "world_models": [checkpoint.identity for _, checkpoint in loaded],
         "drivers": args.drivers,
         "judges": judges,
+        "threshold": classifier.threshold.item(),
         "finetuning": asdict(config),
         "environment_steps": 0,
         "code_version": __version__,
     }
-    card = {**found, "starts": f"beginnings of {len(episodes)} demonstrations, {len(starts[0].h)} latents"}
+    counts = len(judge_starts[0].h), len(starts[0].h)
+    card = {**found, "starts": f"{counts[0]} beginnings of demonstrations that were not cloned; {counts[1]} others to learn on"}
     identity = save_policy(args.out, tuned.cpu(), world.contract, skill, world.identity, lineage, card, half=True)
     logger.info("%s: %s -> %s, identity %s", skill, found, Path(args.out), identity[:16])
     return 0
+
+
+def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned: int):
+    """Banks of each model to learn on and to judge on: (starts, judge_starts)."""
+    from diwa_core.cli.policy import demonstrations
+    from diwa_core.data.store import PlayStore
+    from diwa_core.finetune.offline import attempt_windows, demonstration_windows, filter_starts, not_yet_done
+    from diwa_core.sim.skills import SKILLS
+
+    store, warmup = PlayStore.open(args.demos), models[0].config.warmup_frames
+    own = demonstrations(store, SKILLS.index(skill), None)
+    others = [episode for number in range(len(SKILLS)) if number != SKILLS.index(skill) for episode in demonstrations(store, number, None)]
+    judge_starts = [filter_starts(model, demonstration_windows(own[cloned:], warmup, seed=args.seed)) for model in models]
+    windows = demonstration_windows([*own[:cloned], *others], warmup, seed=args.seed)
+    for path in args.play:
+        windows += attempt_windows(PlayStore.open(path), skill, warmup, args.starts, args.seed)
+    starts = [filter_starts(model, windows) for model in models]
+    ready = not_yet_done(models[0], classifier, starts[0], judge_starts[0])
+    logger.info("%s: %d starts to learn on, of %d recorded; %d to judge on", skill, ready.sum(), len(ready), len(judge_starts[0].h))
+    return [bank[ready] for bank in starts], judge_starts

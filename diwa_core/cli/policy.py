@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def demonstrations(store, skill: int, count: int) -> list[dict]:
-    """The first `count` episodes of a store whose frames are labelled with skill number `skill`."""
+def demonstrations(store, skill: int, count: int | None) -> list[dict]:
+    """The first `count` (None: all) episodes of a store whose frames are labelled with skill number `skill`."""
     labels = store.load(("skill",))["skill"]
     fields = tuple(name for name in store.fields if name != "skill")
     chosen = [(start, end) for start, end in store.episodes if (labels[start:end] == skill).any()][:count]

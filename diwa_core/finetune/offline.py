@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diwa_core.data.store import PlayStore
 from diwa_core.errors import DataError, DiwaError
 from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
 from diwa_core.finetune.resume import guard_run, load_learner, open_metrics, save_learner
@@ -25,7 +26,9 @@ from diwa_core.imagination.dream import Dream
 from diwa_core.policy.demonstrations import filter_episode
 from diwa_core.policy.diffusion import DiffusionPolicy
 from diwa_core.reward.classifier import SuccessClassifier
+from diwa_core.sim.skills import SKILLS, skill_progress
 from diwa_core.world_model.model import WorldModel
+from diwa_core.world_model.probe import readout
 from diwa_core.world_model.rssm import State
 
 logger = logging.getLogger(__name__)
@@ -45,22 +48,27 @@ class FinetuneConfig:
 
 @dataclass
 class Imagination:
-    """Where a policy is fine-tuned and judged. starts: of each model, from the same recorded frames; drivers, judges: model numbers."""
+    """Where a policy is fine-tuned and judged. drivers, judges: model numbers.
+
+    starts, judge_starts: banks of each model, each bank from the same recorded frames. Judging from starts that the policy did not learn
+    on tells whether it does more than remember scenes.
+    """
 
     models: list[WorldModel]
     classifier: SuccessClassifier
     starts: list[State]
+    judge_starts: list[State]
     drivers: tuple[int, ...] = (0,)
     judges: tuple[int, ...] = (0,)
 
-    def dream(self, batch: int, seed: int, drivers: tuple[int, ...] | None = None) -> Dream:
-        """A batch of dreams."""
-        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, drivers or self.drivers)
+    def dream(self, batch: int, seed: int) -> Dream:
+        """A batch of dreams to learn in."""
+        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, self.drivers)
 
     @torch.no_grad()
     def success(self, policy: DiffusionPolicy, episodes: int, seed: int = 0, drivers: tuple[int, ...] | None = None) -> float:
-        """Success rate of `policy`, sampled as at deployment, in dreams of the judges (or of `drivers`)."""
-        dream = self.dream(episodes, seed, drivers or self.judges)
+        """Success rate of `policy`, sampled as at deployment, from the judges' starts in dreams of the judges (or of `drivers`)."""
+        dream = Dream(self.models, self.classifier, self.judge_starts, episodes, MAX_CHUNKS, seed, drivers or self.judges)
         generator = torch.Generator(dream.device).manual_seed(seed)
         feature = dream.reset()
         done = torch.zeros(episodes, dtype=torch.bool, device=dream.device)
@@ -73,21 +81,57 @@ class Imagination:
         return success.float().mean().item()
 
 
-def demonstration_starts(model: WorldModel, episodes: list[dict[str, np.ndarray]], spread: int = 12, seed: int = 0) -> State:
-    """Start bank [N]: for each demonstration, latents filtered from a reset state over the warm-up, beginning at its first frames.
-
-    Beginning at frame 0 is what deployment does; beginnings up to `spread` frames later (still far from success) widen the bank.
-    The same episodes and seed give every model the same frames.
-    """
-    warmup, parts = model.config.warmup_frames, []
+def demonstration_windows(
+    episodes: list[dict[str, np.ndarray]], warmup: int, spread: int = 12, seed: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """The first `warmup` frames of each episode, as a deployment begins, and of beginnings up to `spread` frames later."""
     rng = np.random.default_rng(seed)
+    windows = []
     for arrays in episodes:
-        latest = min(spread, len(arrays["actions"]) // 3)
+        latest = min(spread, len(arrays["actions"]) // 3)  # still far from success
         for begin in sorted({0, *rng.integers(0, latest + 1, size=3).tolist()}):
-            window = {name: values[begin : begin + warmup] for name, values in arrays.items()}
-            parts.append(filter_episode(model, window)[-1:])
-    if not parts:
+            windows.append({name: values[begin : begin + warmup] for name, values in arrays.items()})
+    return windows
+
+
+def attempt_windows(store: PlayStore, skill: str, warmup: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """`warmup` frames at the beginning of up to `count` attempts at `skill` in play: those that are marked and ended in success.
+
+    An attempt that succeeds began in a state in which the skill was possible and not yet done. Raises DataError without any.
+    """
+    labels = store.load(("skill", "scene_obs"))
+    number, found = SKILLS.index(skill), []
+    for start, end in store.episodes:
+        marked = np.flatnonzero(np.diff(labels["skill"][start:end] == number, prepend=False, append=False))
+        for first, last in start + marked.reshape(-1, 2):
+            scene = labels["scene_obs"][first:last]
+            if last - first >= 2 * warmup and skill_progress(skill, scene[0], scene).max() > 1:
+                found.append(int(first))
+    if not found:
+        raise DataError(f"{store.path}: expected successful attempts at '{skill}' in the play, found none. Record and mark some.")
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(found)[:count])
+    fields = [name for name in store.fields if name != "skill"]
+    return [{name: store.read(name, first, first + warmup) for name in fields} for first in chosen.tolist()]
+
+
+@torch.no_grad()
+def not_yet_done(model: WorldModel, classifier: SuccessClassifier, starts: State, references: State) -> Tensor:
+    """Which of `starts` [N] the classifier would not take for a success of an episode that began like `references`; bool [N].
+
+    So scenes recorded for any purpose serve as starts of a skill, without asking for the simulator's state.
+    """
+    now, before = readout(model, starts), readout(model, references)
+    done = [classifier.success(now, reference.expand_as(now)) for reference in before.split(1)]
+    return torch.stack(done).float().mean(0) < 0.5
+
+
+@torch.no_grad()
+def filter_starts(model: WorldModel, windows: list[dict[str, np.ndarray]]) -> State:
+    """Start bank [N]: latents filtered from a reset state over each window, as deployment does over its warm-up."""
+    if not windows:
         raise DataError("a start bank needs recorded episodes of the skill, found none. Record or mark some.")
+    parts = [filter_episode(model, window)[-1:] for window in windows]
     return State(torch.cat([p.h for p in parts]).clone(), torch.cat([p.z for p in parts]).clone())
 
 
