@@ -88,6 +88,22 @@ def test_an_ensemble_of_equal_models_dreams_as_one():
         assert torch.allclose(first.feature, second.feature, atol=1e-5) and torch.equal(first.terminated, second.terminated)
 
 
+def test_a_misplaced_arm_is_driven_where_it_is_and_seen_where_it_is_not():
+    imagination = replace(make_imagination(), misplaced_m=0.01)
+    dream = imagination.dream(400, seed=0)
+    model = imagination.models[0]
+    metres = dream.offset[:, 18:21] * model.command.std[18:21]
+    assert metres.std(0).sub(0.01).abs().max() < 0.002 and dream.offset.count_nonzero() == 1200
+    seen, offset = dream.latent, dream.offset.clone()
+    action = torch.rand(400, 1, 7) * 0.01
+    action[..., 6] = 1.0
+    driven = model.rssm.imagine(State(dream.driver_h.clone(), seen.z + offset), action[:, 0])
+    dream.step(action)
+    going = (dream.chunks == 1)[:, None]
+    assert torch.allclose(dream.latent.z * going, (driven.z - offset) * going, atol=1e-6)
+    assert torch.allclose(dream.latent.h * going, model.rssm.advance(seen, action[:, 0]) * going, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"drivers": (2,)}, {"drivers": ()}, {"starts": []}, {"starts": [State(torch.zeros(7, 8), torch.zeros(7, 33))] * 2}]
 )

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, help="probability from which a dreamt frame is a success, instead of the classifier's own"
     )
+    parser.add_argument("--misplaced-mm", type=float, default=0.0, help="deviation of where the arm is in dreams from where it seems to be")
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument("--run-dir", required=True, help="metrics and the state of a killed run")
     parser.add_argument("--iterations", type=int)
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         classifier.threshold.fill_(args.threshold)
     starts, judge_starts = start_banks(models, classifier, args, skill, base.lineage["episodes"])
     judges = args.judges or [i for i in range(len(models)) if i not in args.drivers] or args.drivers
-    imagination = Imagination(models, classifier.to(args.device), starts, judge_starts, tuple(args.drivers), tuple(judges))
+    imagination = Imagination(
+        models, classifier.to(args.device), starts, judge_starts, tuple(args.drivers), tuple(judges), args.misplaced_mm / 1000
+    )
 
     def given(*names: str) -> dict:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "drivers": args.drivers,
         "judges": judges,
         "threshold": classifier.threshold.item(),
+        "misplaced_mm": args.misplaced_mm,
         "finetuning": asdict(config),
         "environment_steps": 0,
         "code_version": __version__,

@@ -60,10 +60,11 @@ class Imagination:
     judge_starts: list[State]
     drivers: tuple[int, ...] = (0,)
     judges: tuple[int, ...] = (0,)
+    misplaced_m: float = 0.0  # while learning
 
     def dream(self, batch: int, seed: int) -> Dream:
         """A batch of dreams to learn in."""
-        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, self.drivers)
+        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, self.drivers, self.misplaced_m)
 
     @torch.no_grad()
     def success(self, policy: DiffusionPolicy, episodes: int, seed: int = 0, drivers: tuple[int, ...] | None = None) -> float:
