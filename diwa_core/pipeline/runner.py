@@ -116,7 +116,7 @@ class Runner:
                 self._decisions[stage.name] = decision
                 return  # what comes first starts first, so that a stage that wants all cores is not passed by for ever
             self.pending.remove(stage)
-            self.say(f"[{self._total - len(self.pending)}/{self._total}] {stage.name}: {decision.action.value}, {decision.reason}")
+            self.say(f"[{self._total - len(self.pending)}/{self._total}] {stage.name}: {decision}")
             if decision.action is not Action.SKIP:
                 self.pipeline.begin(stage, decision)
                 self.running.append(self._launch(stage))
@@ -215,7 +215,8 @@ class Runner:
             progress = run.progress()
             parts.append(run.stage.name + (f" {progress[0]} {100 * progress[1]:.0f} %" if progress else ""))
         left, unknown = self.seconds_left()
-        text = f"at least {show_seconds(left)} left, {', '.join(unknown)} not timed yet" if unknown else f"about {show_seconds(left)} left"
+        text = f"{'at least' if unknown else 'about'} {show_seconds(left)} left" if left else "time left unknown"
+        text += f", not timed yet: {', '.join(unknown)}" if unknown else ""
         return f"{'; '.join(parts)}; {text}" if parts else text
 
     def seconds_left(self) -> tuple[float, list[str]]:

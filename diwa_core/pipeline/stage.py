@@ -91,6 +91,9 @@ class Decision:
     action: Action
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.action.value} {self.reason}" if self.action is Action.AFTER else f"{self.action.value}, {self.reason}"
+
 
 class Pipeline:
     """Stages under one root folder, in an order in which they can run."""
@@ -147,7 +150,7 @@ class Pipeline:
         """
         waits = [need.name for need in self.needs(stage) if need.name in unsettled]
         if waits:
-            return Decision(Action.AFTER, f"after {list_some(waits)}")
+            return Decision(Action.AFTER, list_some(waits))
         stamp = self.read_stamp(stage)
         if stamp is None:
             return self._decide_unstamped(stage)

@@ -61,10 +61,10 @@ def make_in_order(make: Callable[..., Any], jobs: list[tuple], workers: int) -> 
     """Yield make(*job) for every job in order, computed by `workers` fresh processes (1: here)."""
     if workers < 1:
         raise ConfigError(f"workers: expected at least 1, found {workers}.")
-    if workers == 1 or not jobs:
+    if workers == 1 or len(jobs) < 2:
         yield from (make(*job) for job in jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
         yield from pool.imap(_Call(make), jobs)
 
 
