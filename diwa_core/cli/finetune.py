@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         "environment_steps": 0,
         "code_version": __version__,
     }
-    counts = len(judge_starts[0].h), len(starts[0].h)
-    card = {**found, "starts": f"{counts[0]} beginnings of demonstrations that were not cloned; {counts[1]} others to learn on"}
+    card = {**found, "starts": "beginnings of demonstrations that were not cloned"}
+    card["start_counts"] = {"judged": len(judge_starts[0].h), "learned": len(starts[0].h)}
     identity = save_policy(args.out, tuned.cpu(), world.contract, skill, world.identity, lineage, card, half=True)
     logger.info("%s: %s -> %s, identity %s", skill, found, Path(args.out), identity[:16])
     return 0
