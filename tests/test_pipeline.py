@@ -9,9 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from diwa_core.cli.main import main
+from diwa_core.cli.pipeline import RECIPE, check_command
 from diwa_core.errors import ConfigError, DataError, DiwaError
+from diwa_core.evaluate.comparison import Comparison
 from diwa_core.pipeline import runner as runner_module
+from diwa_core.pipeline.recipe import SIZES, Builder, load_recipe
 from diwa_core.pipeline.runner import Runner, StageFailed, plan, show_seconds
 from diwa_core.pipeline.sources import digest_sources
 from diwa_core.pipeline.stage import Action, At, Pipeline, Stage
@@ -194,6 +199,87 @@ def test_a_stage_alone_needs_the_others_up_to_date(tmp_path):
     assert runs(tmp_path) == {"one": 1, "two": 1, "three": 2, "alone": 1}
 
 
+# -- the recipe --------------------------------------------------------------------------------------------------------------------
+
+
+def write_recipe(path: Path, **changes) -> Path:
+    """The shipped recipe with changes."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | changes))
+    return path
+
+
+def make_stages(path: Path, size: str = "small", seeds: tuple[int, ...] = (1, 2), **options) -> dict[str, Stage]:
+    builder = Builder(load_recipe(path, size), size, ("open_drawer", "turn_on_led"), seeds, **options)
+    return {stage.name: stage for stage in Pipeline("root", builder.stages()).stages}
+
+
+def test_every_command_of_the_shipped_recipe_is_one_its_tool_takes():
+    for size in SIZES:
+        for stage in make_stages(RECIPE, size, device="cpu").values():
+            check_command(stage.words(Path("root")), "recipe")
+
+
+def test_a_change_of_one_part_of_the_recipe_changes_the_stages_of_that_part_only(tmp_path):
+    before = make_stages(RECIPE)
+    change = {"finetune": {"iterations": 7}, "more_models": {"judge": {"seed": 2}}}
+    for part, groups in (("finetune", {"finetune"}), ("more_models", {"more_models", "classifiers", "finetune"})):
+        after = make_stages(write_recipe(tmp_path / "recipe.yaml", **{part: change[part]}))
+        changed = {stage.group for name, stage in after.items() if name not in before or stage.command != before[name].command}
+        assert changed == groups
+    words = after["finetune/seed2/open_drawer"].words(Path("root"))
+    assert words[words.index("--more-models") + 1] == "root/more_models/judge"
+    assert all(stage.command == before[name].command for name, stage in make_stages(RECIPE, workers=7, device="cuda").items())
+
+
+def test_a_mapping_becomes_a_file_and_a_size_has_its_own_options(tmp_path):
+    options = {"training": {"steps": 5}}
+    path = write_recipe(tmp_path / "recipe.yaml", sizes={"paper": {"world_model": {"config": options}, "policy": {"updates": 9}}})
+    stage = make_stages(path, "paper")["world_model"]
+    assert stage.files == {At("runs/options/world_model.config.yaml"): options}
+    assert str(stage.command[stage.command.index("--config") + 1]) == "runs/options/world_model.config.yaml"
+    assert "--updates" in make_stages(path, "paper")["policies/seed1/open_drawer"].command
+    assert "--updates" not in make_stages(path, "small")["policies/seed1/open_drawer"].command
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_tune": {}}, "unknown key 'fine_tune'. Did you mean 'finetune'?"),
+        ({"play": {"play": {"frames": 10, "sed": 1}}}, "Did you mean 'seed'?"),
+        ({"play": {}}, "at least one store"),
+        ({"validation": {"play": {"frames": 10, "seed": 1}}}, "found 'play' in both"),
+        ({"demos": {"per_skill": 4, "noise": 0.5}}, "seed"),
+        ({"sizes": {"large": {}}}, "found 'large'"),
+        ({"policy": {"seed": 3}}, "the pipeline gives --seed itself"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        make_stages(write_recipe(tmp_path / "recipe.yaml", **changes))
+    assert message in str(caught.value)
+
+
+def test_options_a_verb_does_not_know_are_refused_before_anything_runs(tmp_path, capsys):
+    path = write_recipe(tmp_path / "recipe.yaml", finetune={"itterations": 3})
+    assert main(["pipeline", "--recipe", str(path), "--out", str(tmp_path / "root"), "--skills", "open_drawer"]) == 2
+    assert "`diwa finetune --world-model` does not take these options" in (complaint := capsys.readouterr().err)
+    assert "unrecognized arguments: --itterations 3" in complaint
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
+    words = ["pipeline", "--out", str(tmp_path / "root"), "--skills", "open_drawer", "--seeds", "4", "--workers", "3", "--dry-run"]
+    assert main([*words, "--until", "policies"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "play/play: run, never ran",
+        f"    python -m diwa_core.sim.play --out {tmp_path}/root/data/play --frames 120000 --seed 1 --workers 3",
+    ]
+    assert lines[-2] == "policies/seed4/open_drawer: after world_model, demos"
+    assert not (tmp_path / "root").exists()
+    assert main([*words, "--only", "fintune"]) == 2 and "found 'fintune'" in capsys.readouterr().err
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------------------
 
 WAIT = """
@@ -302,11 +388,65 @@ def test_time_left_is_measured_on_the_stages_so_far(tmp_path):
     made = Pipeline(tmp_path, [Stage(s.name, s.command, s.inputs, (At(f"{i}.txt"),), cores=s.cores) for i, s in enumerate(stages)])
     runner = Runner(made, 2, print, pending=list(made.stages[1:]))
     assert runner.seconds_left() == (0.0, ["kind", "other"])
+    assert runner.describe() == "time left unknown, not timed yet: kind, other"
     for stage, seconds in ((made.stages[0], 40), (made.stages[1], 60)):
         made.begin(stage, made.decide(stage))
         (made.root / stage.outputs[0]).write_text("a")
         made.finish(stage, seconds)
     runner.pending = list(made.stages[2:])
     assert runner.seconds_left() == (50.0, ["other"])  # two of 50 s on two cores
-    assert runner.describe() == "at least 50 s left, other not timed yet"
+    assert runner.describe() == "at least 50 s left, not timed yet: other"
     assert [show_seconds(s) for s in (5, 100, 6000)] == ["5 s", "2 min", "1 h 40 min"]
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------------------
+
+TINY = """
+training_seeds: [1]
+play: {play: {frames: 160, seed: 12, episode_frames: 160}}  # the switch is moved up in it, and in both halves of the held-out play
+validation: {held_out: {frames: 160, seed: 15, episode_frames: 160}}
+demos: {per_skill: 3, seed: 3, noise: 0.5, skills: [turn_on_lightbulb]}
+world_model:
+  config:
+    model: {deterministic: 32, hidden: 32}
+    training: {steps: 150, batch: 8, horizons: [8], horizon_starts: [0.0], prefix: [4, 8], save_every_s: 0.0}
+policy: {per_skill: 2, updates: 20, hidden: 32}
+classifier: {windows: 40, config: {classifier: {updates: 30, teacher_updates: 10}}}
+finetune: {iterations: 2, batch: 16, judge_episodes: 16, report_episodes: 16, starts: 2}
+evaluate: {episodes: 1}
+rollouts: {episodes: 1, split: validation}
+report: {windows: 20}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it takes the better part of a minute, but a busy machine may give it a small share of a core
+def test_from_play_to_a_report_with_a_stop_on_the_way(tmp_path, capsys):
+    recipe, root = tmp_path / "recipe.yaml", tmp_path / "root"
+    recipe.write_text(TINY)
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(root), "--size", "lowdim", "--skills", "turn_on_lightbulb", "--workers", "1"]
+
+    with subprocess.Popen([sys.executable, "-m", "diwa_core.cli.main", *words, "--device", "cpu"]) as first:
+        while not (root / "runs" / "world_model" / "training.safetensors").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+    assert first.returncode == 130
+    assert not json.loads((root / "stamps" / "world_model.json").read_text())["finished"]
+
+    assert main(words) == 0, capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "play/play: skip, unchanged" in shown and "world_model: resume, was cut off" in shown
+    assert f"resumed {root}/runs/world_model at step" in (root / "logs" / "world_model.log").read_text()
+    comparison = Comparison.read(root / "report" / "comparison.json")
+    assert [row.skill for row in comparison.skills] == ["turn_on_lightbulb"] and comparison.starts == 1
+    assert "Fine-tuned policies" in (root / "report" / "README.md").read_text()
+
+    assert main(words) == 0
+    assert {line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:-1]} == {"skip, unchanged"}
+
+    recipe.write_text(TINY.replace("evaluate: {episodes: 1}", "evaluate: {episodes: 2}"))
+    assert main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert {line.split()[1].rstrip(":") for line in lines if "skip" not in line} == {"evaluate", "card"}
+    assert len((root / "report" / "episodes.jsonl").read_text().splitlines()) == 4  # the first start's two episodes were kept

@@ -48,7 +48,8 @@ def make_card(folder: Path, report: Path | None = None, comparison: Path | None 
     lines = [
         "# Model card",
         "",
-        "This page is made by `diwa card`; what each part was made from is in its manifest. Simulated play table only: nothing here has seen a real robot.",
+        "This page is made by `diwa card`; what each part was made from is in its manifest.",
+        "Simulated play table only: nothing here has seen a real robot.",
         "",
         f"**World model** `{world.identity[:16]}`, size {world.config['name']}: {lineage['frames']} frames of generated play "
         f"(hash {', '.join(lineage['play'])}), seed {lineage['training']['seed']}, {lineage['training']['steps']} updates, "

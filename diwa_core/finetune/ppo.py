@@ -101,8 +101,7 @@ def advantages(rollout: Rollout, gamma: float, gae_lambda: float) -> tuple[Tenso
 
 
 def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, k: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate over (state, k) pairs (any broadcastable shapes) and the mean approximate KL. k counts down to 0, the last denoising
-    step."""
+    """Clipped surrogate over (state, k) pairs (broadcastable shapes) and the mean approximate KL; k counts down to 0, the last step."""
     log_ratio = new - old
     ratio = log_ratio.exp()
     discounted = advantage * config.denoising_discount ** k.float()

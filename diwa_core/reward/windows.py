@@ -138,8 +138,10 @@ def collect_windows(
     """`parts` sets of windows of the stores that share no frame; `count` of each set for each skill, from each store by its length.
 
     models: the first one filters; each imagines an equal share of the windows. One store at a time is in memory. Raises DataError on
-    stores without labels, ConfigError on models that do not share their codes.
+    stores without labels, ConfigError on models that do not share their codes and on a count below 4.
     """
+    if count < 4:
+        raise ConfigError(f"windows of a skill: expected at least 4, to have some of each kind, found {count}.")
     check_shared_codes(models)
     model, found = models[0], [[] for _ in range(parts)]
     for number, store in enumerate(stores):
@@ -158,7 +160,7 @@ def collect_windows(
 
 def collect_rollouts(models: list[WorldModel], stores: list[PlayStore], skills: list[str]) -> Windows:
     """Whole recorded episodes of a policy, as windows; raises as `collect_windows`."""
-    length = max(end - start for store in stores for start, end in store.episodes)
+    length = max((end - start for store in stores for start, end in store.episodes), default=0)
     found = []
     for store in stores:
         data = load_labelled(models[0], store)
