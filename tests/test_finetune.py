@@ -142,9 +142,9 @@ def test_denoising_ppo_improves_a_policy_and_leaves_the_base_alone():
     small = PolicyConfig(feature_size=3, hidden=(64, 64, 64), denoising_steps=5, sampler_steps=5)
     policy = DiffusionPolicy(small).eval().requires_grad_(False)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    config = PPOConfig(batch=128, chunks=4, finetuned_steps=3, epochs=4, minibatch=170, actor_rate=1e-3, bc_scale=0.0, critic_warmup=1)
+    config = PPOConfig(batch=128, chunks=4, finetuned_steps=3, epochs=4, minibatch=128, actor_rate=1e-3, bc_scale=0.0, critic_warmup=1)
     learner = DenoisingPPO(policy, LineWorld(128), config)
-    history = [learner.iterate()["success"] for _ in range(18)]
+    history = [learner.iterate()["success"] for _ in range(30)]
     assert np.mean(history[-3:]) > np.mean(history[:3]) + 0.1
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     base = {name: value for name, value in learner.policy.state_dict().items() if name.startswith("base.")}
