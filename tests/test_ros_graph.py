@@ -41,9 +41,9 @@ def test_lockstep_gives_the_same_episodes_as_without_ros(checkpoints, tmp_path):
     """Success, steps, every picture, every feature and the final scene are equal bit for bit; twice, because order must not matter."""
     env, latent_filter = PlayTable(), LatentFilter.load(checkpoints / "world_model")
     plan = [
-        (GraphEpisode("turn_on_led", state=to_state(ABOVE_BUTTON), noise_seed=7), ABOVE_BUTTON),
+        (GraphEpisode("turn_on_led", state=to_state(ABOVE_BUTTON), noise_seed=32), ABOVE_BUTTON),
         (GraphEpisode("open_drawer", index=1, noise_seed=3, max_steps=30), start_states("open_drawer", 2, 0)[1]),
-        (GraphEpisode("turn_on_led", state=to_state(ABOVE_BUTTON), noise_seed=7), ABOVE_BUTTON),
+        (GraphEpisode("turn_on_led", state=to_state(ABOVE_BUTTON), noise_seed=32), ABOVE_BUTTON),
     ]
     with private_graph(), make_graph(checkpoints, tmp_path, mode="lockstep") as graph:
         with GraphEvaluator(keep_frames=True) as evaluator:
