@@ -13,6 +13,8 @@ import yaml
 
 from diwa_core.cli.main import main
 from diwa_core.cli.pipeline import RECIPE, check_command
+from diwa_core.cli.progress import PROGRESS_FILE, stage_progress, stop_between_updates
+from diwa_core.data.store import PlayStore
 from diwa_core.errors import ConfigError, DataError, DiwaError
 from diwa_core.evaluate.comparison import Comparison
 from diwa_core.pipeline import runner as runner_module
@@ -20,6 +22,7 @@ from diwa_core.pipeline.recipe import SIZES, Builder, load_recipe
 from diwa_core.pipeline.runner import Runner, StageFailed, plan, show_seconds
 from diwa_core.pipeline.sources import digest_sources
 from diwa_core.pipeline.stage import Action, At, Pipeline, Stage
+from diwa_core.sim.play import PlaySettings, generate_play
 
 JOIN = """
 import sys
@@ -280,6 +283,53 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
     assert main([*words, "--only", "fintune"]) == 2 and "found 'fintune'" in capsys.readouterr().err
 
 
+def test_a_play_store_that_was_cut_off_is_continued(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", play={"play": {"frames": 60, "seed": 1, "episode_frames": 30}})
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "root"), "--workers", "1", "--only", "play/play"]
+    builder = Builder(load_recipe(recipe, "small"), "small", ("open_drawer",), (1,), 1)
+    made = Pipeline(tmp_path / "root", builder.stages())
+    made.begin(made.stages[0], made.decide(made.stages[0]))
+    store = generate_play(tmp_path / "root" / "data" / "play", 30, 1, 1, PlaySettings(30))  # as if killed after the first of two
+    (store.path / "mark").write_text("kept")
+    assert main(words) == 0
+    assert "play/play: resume, was cut off" in capsys.readouterr().out
+    assert len(PlayStore.open(store.path).episodes) == 2 and (store.path / "mark").exists()
+    assert main(words) == 0 and "skip, unchanged" in capsys.readouterr().out
+
+
+def test_time_that_is_up_and_a_stage_that_fails_have_their_exit_codes(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", play={"play": {"frames": 60, "seed": -1}})
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "root"), "--workers", "1", "--only", "play/play"]
+    assert main([*words, "--max-minutes", "0"]) == 3
+    assert "the same `diwa pipeline` goes on" in capsys.readouterr().out and not (tmp_path / "root" / "stamps").exists()
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    assert "stage 'play/play' ended with exit code 1" in shown and "ValueError: expected non-negative integer" in shown
+    assert f"python -m diwa_core.sim.play --out {tmp_path}/root/data/play --frames 60 --seed -1 --workers 1" in shown
+
+
+# -- stopping a training -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_asked_to_stop_ends_after_the_update_it_is_in():
+    updates, saved, handler = [], [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_between_updates(lambda stage, done: None, lambda: saved.append(len(updates))) as report:
+        for update in range(10):
+            if update == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            updates.append(update)  # what is between the signal and the report still happens
+            report("training", update / 10)
+    assert updates == [0, 1, 2, 3] and saved == [4]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_progress_is_written_for_whoever_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress"))
+    with stage_progress() as report:
+        report("training", 0.25)
+    assert json.loads((tmp_path / "progress").read_text()) == {"stage": "training", "done": 0.25}
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------------------
 
 WAIT = """
@@ -409,7 +459,7 @@ demos: {per_skill: 3, seed: 3, noise: 0.5, skills: [turn_on_lightbulb]}
 world_model:
   config:
     model: {deterministic: 32, hidden: 32}
-    training: {steps: 150, batch: 8, horizons: [8], horizon_starts: [0.0], prefix: [4, 8], save_every_s: 0.0}
+    training: {steps: 80, batch: 8, horizons: [8], horizon_starts: [0.0], prefix: [4, 8], save_every_s: 0.0, autocast: false}
 policy: {per_skill: 2, updates: 20, hidden: 32}
 classifier: {windows: 40, config: {classifier: {updates: 30, teacher_updates: 10}}}
 finetune: {iterations: 2, batch: 16, judge_episodes: 16, report_episodes: 16, starts: 2}
@@ -420,11 +470,12 @@ report: {windows: 20}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # it takes the better part of a minute, but a busy machine may give it a small share of a core
-def test_from_play_to_a_report_with_a_stop_on_the_way(tmp_path, capsys):
+@pytest.mark.timeout(1800)  # about a minute, nearly all of it imports of ten processes; a busy machine may give them a small share
+def test_from_play_to_a_comparison_with_a_stop_on_the_way(tmp_path, capsys):
     recipe, root = tmp_path / "recipe.yaml", tmp_path / "root"
     recipe.write_text(TINY)
-    words = ["pipeline", "--recipe", str(recipe), "--out", str(root), "--size", "lowdim", "--skills", "turn_on_lightbulb", "--workers", "1"]
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(root), "--size", "lowdim", "--skills", "turn_on_lightbulb", "--workers", "2"]
+    words += ["--until", "evaluate"]
 
     with subprocess.Popen([sys.executable, "-m", "diwa_core.cli.main", *words, "--device", "cpu"]) as first:
         while not (root / "runs" / "world_model" / "training.safetensors").exists():
@@ -440,13 +491,14 @@ def test_from_play_to_a_report_with_a_stop_on_the_way(tmp_path, capsys):
     assert f"resumed {root}/runs/world_model at step" in (root / "logs" / "world_model.log").read_text()
     comparison = Comparison.read(root / "report" / "comparison.json")
     assert [row.skill for row in comparison.skills] == ["turn_on_lightbulb"] and comparison.starts == 1
-    assert "Fine-tuned policies" in (root / "report" / "README.md").read_text()
 
     assert main(words) == 0
     assert {line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:-1]} == {"skip, unchanged"}
 
-    recipe.write_text(TINY.replace("evaluate: {episodes: 1}", "evaluate: {episodes: 2}"))
-    assert main(words) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    assert {line.split()[1].rstrip(":") for line in lines if "skip" not in line} == {"evaluate", "card"}
-    assert len((root / "report" / "episodes.jsonl").read_text().splitlines()) == 4  # the first start's two episodes were kept
+    recipe.write_text(TINY.replace("windows: 40", "windows: 50"))  # of the classifier
+    assert main([*words, "--dry-run"]) == 0
+    plan = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if line[0] != " ")
+    assert plan.pop("classifiers/seed1") == "run, its command changed: 40 became 50"
+    assert plan.pop("finetune/seed1/turn_on_lightbulb") == "after classifiers/seed1"
+    assert plan.pop("evaluate") == "after finetune/seed1/turn_on_lightbulb"
+    assert set(plan.values()) == {"skip, unchanged"} and len(plan) == 6

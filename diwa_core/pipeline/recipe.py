@@ -124,13 +124,15 @@ class Builder:
         """One play store."""
         out = At("data", name)
         command = ("python", "-m", "diwa_core.sim.play", "--out", out)
-        return self._make(f"play/{name}", command, flags, outputs=(out,), keeps=(out,), checks_itself=True, cores=self.workers)
+        return self._generate(f"play/{name}", command, flags, out)
 
     def demos(self) -> Stage:
         """Demonstrations of all skills."""
         command = ("python", "-m", "diwa_core.sim.demos", "--out", DEMOS)
-        flags = to_dict(self.recipe.demos)
-        return self._make("demos", command, flags, outputs=(DEMOS,), keeps=(DEMOS,), checks_itself=True, cores=self.workers)
+        return self._generate("demos", command, to_dict(self.recipe.demos), DEMOS)
+
+    def _generate(self, name: str, command: tuple[str | At, ...], flags: dict[str, Any], out: At) -> Stage:
+        return self._make(name, command, flags, (), (out,), keeps=(out,), resumes=True, checks_itself=True, cores=self.workers)
 
     # ---- training -----------------------------------------------------------------------------------------------------------------
 
