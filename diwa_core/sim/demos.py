@@ -46,8 +46,13 @@ def demonstrate(skill: str, number: int, seed: int, noise: float) -> dict[str, n
 
 def _attempt(table: PlayTable, skill: str, rng: np.random.Generator, noise: float) -> dict[str, np.ndarray] | None:
     """One episode, or None if it fails."""
-    recorder, label = EpisodeRecorder(table), SKILLS.index(skill)
-    oracle = SkillOracle(skill, recorder.scene_obs)
+    recorder = EpisodeRecorder(table)
+    return recorder.arrays() if demonstrate_on(recorder, skill, rng, noise) else None
+
+
+def demonstrate_on(recorder: EpisodeRecorder, skill: str, rng: np.random.Generator, noise: float) -> bool:
+    """One attempt on `recorder`, which may be a running graph (`diwa_ros.scripted_play`); whether it succeeded."""
+    label, oracle = SKILLS.index(skill), SkillOracle(skill, recorder.scene_obs)
     for _ in range(WARM_UP_FRAMES - 1):
         recorder.step(hold_action(recorder.robot_obs[14]), label)
     expert = Expert(skill, rng, Style.human(rng, noise))
@@ -56,10 +61,10 @@ def _attempt(table: PlayTable, skill: str, rng: np.random.Generator, noise: floa
         recorder.step(expert.act(recorder.robot_obs, recorder.target_pose), label)
         if oracle.success(recorder.scene_obs):
             recorder.step(expert.act(recorder.robot_obs, recorder.target_pose), label)
-            return recorder.arrays()
+            return True
         if expert.done:
-            return None
-    return None
+            return False
+    return False
 
 
 def collect_demonstrations(skill: str, count: int, seed: int, noise: float = DEFAULT_NOISE, workers: int = 1) -> list[dict]:

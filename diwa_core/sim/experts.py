@@ -30,10 +30,14 @@ DOWN, AT_SWITCH = tilted(0.0, 86.0), tilted(45.0, 60.0)
 
 @dataclass(frozen=True)
 class Style:
-    """How an expert moves. Noise is the standard deviation of the action (1 = full speed), jitter that of way-points in metres."""
+    """How an expert moves. Noise is the standard deviation of the action (1 = full speed), jitter that of way-points in metres.
+
+    Misjudged is the deviation of one offset of the whole plan: the handle is taken to be where it is not.
+    """
 
     action_noise: float = 0.0
     jitter_m: float = 0.0
+    misjudged_m: float = 0.0
     speed: float = 1.0
     pause_probability: float = 0.0
 
@@ -92,7 +96,8 @@ class Mover:
     def follow(self, plan: list[Waypoint]) -> None:
         """Take a new plan; way-points are jittered here, once."""
         jitter = self.style.jitter_m
-        self._plan = [Waypoint(w.position + jitter * self.rng.normal(size=3), w.euler, w.via, w.speed) for w in plan]
+        offset = self.style.misjudged_m * self.rng.normal(size=3) if self.style.misjudged_m else 0.0
+        self._plan = [Waypoint(w.position + offset + jitter * self.rng.normal(size=3), w.euler, w.via, w.speed) for w in plan]
         self._waiting = 0
 
     @property

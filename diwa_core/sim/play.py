@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,9 @@ class PlaySettings:
     impossible_share: float = 0.06  # of the skill attempts: skills that are already done
     undo_share: float = 0.35  # of the skill attempts: the counterpart of the last one
     button_weight: float = 1.1  # how often the button is tried, beside the other skills
+    strength_power: float = 1.8  # 1: careless attempts are as frequent as careful ones; more: rarer
+    misjudged_share: float = 0.0  # of the skill attempts: all of the plan is off, so fingers slip past handles
+    misjudged_m: float = 0.02
 
 
 def play_episode(seed: int, number: int, settings: PlaySettings) -> dict[str, np.ndarray]:
@@ -43,6 +46,13 @@ def play_episode(seed: int, number: int, settings: PlaySettings) -> dict[str, np
     table = PlayTable()
     table.reset(options={"state": draw_state(None, rng)})
     recorder = EpisodeRecorder(table)
+    play_on(recorder, rng, settings)
+    table.close()
+    return {name: values[: settings.episode_frames] for name, values in recorder.arrays().items()}
+
+
+def play_on(recorder: EpisodeRecorder, rng: np.random.Generator, settings: PlaySettings) -> None:
+    """Play until `recorder` holds `settings.episode_frames` frames; it may be a running graph (`diwa_ros.scripted_play`)."""
     last: int | None = None
     while len(recorder) < settings.episode_frames:
         kind = rng.random()
@@ -54,8 +64,6 @@ def play_episode(seed: int, number: int, settings: PlaySettings) -> dict[str, np
             _follow(recorder, rng, _wiggle(recorder.scene_obs, rng))
         else:
             last = _attempt_skill(recorder, rng, settings, last)
-    table.close()
-    return {name: values[: settings.episode_frames] for name, values in recorder.arrays().items()}
 
 
 def _pause(recorder: EpisodeRecorder, rng: np.random.Generator) -> None:
@@ -96,8 +104,11 @@ def _wiggle(scene_obs: np.ndarray, rng: np.random.Generator) -> list[Waypoint]:
 def _attempt_skill(recorder: EpisodeRecorder, rng: np.random.Generator, settings: PlaySettings, last: int | None) -> int:
     """One attempt of a skill in a random style, sometimes broken off; returns the skill's index."""
     label = _choose_skill(recorder.scene_obs, rng, settings, last)
-    strength = 0.0 if rng.random() < 0.2 else 1.2 * rng.random() ** 1.8
-    expert = Expert(SKILLS[label], rng, Style.human(rng, strength))
+    strength = 0.0 if rng.random() < 0.2 else 1.2 * rng.random() ** settings.strength_power
+    style = Style.human(rng, strength)
+    if settings.misjudged_share and rng.random() < settings.misjudged_share:
+        style = replace(style, misjudged_m=settings.misjudged_m)
+    expert = Expert(SKILLS[label], rng, style)
     expert.start(recorder.robot_obs, recorder.scene_obs)
     limit = int(rng.integers(10, 40)) if rng.random() < settings.abort_share else MAX_SEGMENT_STEPS
     for _ in range(limit):
@@ -147,9 +158,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     defaults = PlaySettings()
     parser.add_argument("--episode-frames", type=int, default=defaults.episode_frames, help="short episodes show more scenes")
-    parser.add_argument("--button-weight", type=float, default=defaults.button_weight, help="how often the button is tried")
+    shares = {
+        "button_weight": "how often the button is tried",
+        "wiggle_share": "share of random touches at the handles",
+        "strength_power": "1: careless attempts are as frequent as careful ones; more: rarer",
+        "misjudged_share": "share of attempts of which all of the plan is off",
+    }
+    for name, text in shares.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name), help=text)
     arguments = parser.parse_args()
-    settings = PlaySettings(arguments.episode_frames, button_weight=arguments.button_weight)
+    settings = PlaySettings(arguments.episode_frames, **{name: getattr(arguments, name) for name in shares})
     try:
         with stage_progress() as progress:
             generate_play(arguments.out, arguments.frames, arguments.seed, arguments.workers, settings, progress)
