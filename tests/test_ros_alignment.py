@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diwa_core.contract import Contract
+from diwa_core.data.alignment import EXECUTED, JOINTS, POSE, TARGET, FrameAligner
 from diwa_core.errors import DataError
-from diwa_ros.alignment import EXECUTED, JOINTS, POSE, TARGET, FrameAligner
 
 STEP = 33_333_333
 STREAMS = ("rgb_static", "rgb_gripper", JOINTS, POSE, TARGET, EXECUTED)

@@ -13,13 +13,14 @@ from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import ROBOT_OBS_SIZE, TARGET_POSE_SIZE, ImageStream, Observation, hold_action
-from diwa_core.errors import ConfigError, ContractError, DiwaError
+from diwa_core.data.alignment import EXECUTED, JOINTS, POSE, TARGET, Frame, FrameAligner
+from diwa_core.data.messages import SampleReader, list_sources
+from diwa_core.errors import ConfigError, DiwaError
 from diwa_core.world_model.filter import LatentFilter
-from diwa_ros.alignment import EXECUTED, JOINTS, POSE, TARGET, Frame, FrameAligner
 from diwa_ros.contracts import MODE
 from diwa_ros.diagnostics import ERROR, OK
 from diwa_ros.images import load_reader
-from diwa_ros.messages import CAMERA, from_pose, reliable, to_float32, to_ns, to_time
+from diwa_ros.messages import CAMERA, reliable, to_float32, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
 
@@ -54,23 +55,21 @@ class Encoder(DiwaNode):
         if self.filter.model.config.scene_size:
             raise ConfigError("parameter 'world_model': expected one that sees cameras, found one that reads the simulator's scene state.")
         self.contract = self.filter.contract
-        self.step_ns = round(1e9 / self.contract.rate_hz)
         names = ("max_skew_s", "stream_timeout_s", "frozen_frames", "frozen_motion_m")
         self.aligner = FrameAligner(self.contract, *(self.parameters[name] for name in names))
         self.done_ns = 0
         self.last_latent: LatentState | None = None
-        self.topics = {stream.name: stream.topic for stream in self.contract.images}
+        self.topics = {name: source.topic for name, source in list_sources(self.contract).items()}
         self.warm_up()
-        self.read_image, reader = load_reader()
+        read_image, reader = load_reader()
+        self.samples = SampleReader(self.contract, read_image)
         self.get_logger().info(reader)
         self.latent_publisher = self.advertise(LatentState, "latent", reliable(1))
         camera_qos = CAMERA if self.parameters["camera_qos"] == "sensor_data" else reliable(5)
         for stream in self.contract.images:
             self.listen(Image, stream.topic, self.make_image_callback(stream), camera_qos)
-        self.listen(JointState, "joint_states", self.take_joints, reliable(10))
-        self.listen(PoseStamped, "current_pose", lambda message: self.take_pose(POSE, message), reliable(10))
-        self.listen(PoseStamped, "target_pose", lambda message: self.take_pose(TARGET, message), reliable(10))
-        self.listen(ExecutedAction, "executed_action", self.take_executed, reliable(10))
+        for name, message_type in {JOINTS: JointState, POSE: PoseStamped, TARGET: PoseStamped, EXECUTED: ExecutedAction}.items():
+            self.listen(message_type, self.topics[name], lambda message, name=name: self.take(name, message), reliable(10))
         self.serve(Trigger, "encoder/reset", self.reset)
         self.repeat(0.1, self.check_streams)
 
@@ -90,35 +89,17 @@ class Encoder(DiwaNode):
         def take_image(message: Image) -> None:
             newest = self.last_latent
             is_copy = stream is self.contract.images[0] and newest is not None and message.header.stamp == newest.header.stamp
-            self.take(stream.name, message, lambda: self.read_camera(stream, message))
+            self.take(stream.name, message)
             if is_copy:
                 self.latent_publisher.publish(newest)
 
         return take_image
 
-    def read_camera(self, stream: ImageStream, message: Image) -> np.ndarray:
-        """uint8 [H, W, 3] of the contract's size. Raises ContractError."""
-        image = self.read_image(message)
-        self.contract.check_image(stream, image)
-        return image
-
-    def take_joints(self, message: JointState) -> None:
-        """Arm joints and gripper width by name."""
-        self.take(JOINTS, message, lambda: read_joints(message, self.contract.arm_joints, self.contract.finger_joints))
-
-    def take_pose(self, name: str, message: PoseStamped) -> None:
-        """Measured or commanded TCP pose."""
-        self.take(name, message, lambda: check_finite(name, from_pose(message)))
-
-    def take_executed(self, message: ExecutedAction) -> None:
-        """The action of the step that began at the stamp; the aligner wants the end."""
-        self.take(EXECUTED, message, lambda: check_finite(EXECUTED, np.array(message.action, np.float32)), self.step_ns)
-
-    def take(self, name: str, message: object, read: callable, shift_ns: int = 0) -> None:
+    def take(self, name: str, message: object) -> None:
         """Read one message into the aligner and filter what became complete; a bad one is reported and dropped."""
-        check = self.topics.get(name, name)
+        check = self.topics[name]
         try:
-            self.aligner.add(name, to_ns(message.header.stamp) + shift_ns, read(), time.monotonic())
+            self.aligner.add(name, self.samples.stamp_ns(name, message), self.samples.value(name, message), time.monotonic())
         except DiwaError as error:
             self.diagnostics.report(check, ERROR, str(error))
             return
@@ -165,22 +146,6 @@ class Encoder(DiwaNode):
             self.encode(frame)
         response.message = "reset" if frame is not None else "reset; the next complete frame will be the first"
         return response
-
-
-def read_joints(message: JointState, arm: tuple[str, ...], fingers: tuple[str, ...]) -> np.ndarray:
-    """Arm joints (rad) then gripper width (m), float64 [8]. Raises ContractError on missing joints or values that are not finite."""
-    position = dict(zip(message.name, message.position, strict=False))
-    missing = [name for name in (*arm, *fingers) if name not in position]
-    if missing:
-        raise ContractError(f"joint_states: expected joints {', '.join((*arm, *fingers))}; missing are {', '.join(missing)}.")
-    return check_finite("joint_states", np.array([*(position[name] for name in arm), sum(position[name] for name in fingers)]))
-
-
-def check_finite(name: str, values: np.ndarray) -> np.ndarray:
-    """Return `values`, or raise ContractError."""
-    if not np.isfinite(values).all():
-        raise ContractError(f"{name}: expected finite values, found NaN or infinity.")
-    return values
 
 
 def main() -> int:

@@ -9,39 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from sensor_msgs.msg import Image
 
-from diwa_core.errors import ContractError
+from diwa_core.data.messages import check_layout
+from diwa_core.data.messages import read_image as read_image_numpy
 from diwa_ros.messages import to_time
-
-CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
-
-
-def read_image_numpy(message: Image) -> np.ndarray:
-    """Image (rgb8, bgr8 or mono8, rows padded to `step` or not) -> uint8 RGB [H, W, 3].
-
-    A view of the message where no copy is needed. Byte order does not matter to 8-bit images. Raises ContractError.
-    """
-    check_layout(message)
-    channels = CHANNELS[message.encoding]
-    rows = np.frombuffer(message.data, dtype=np.uint8, count=message.height * message.step).reshape(message.height, message.step)
-    image = rows[:, : message.width * channels].reshape(message.height, message.width, channels)
-    if message.encoding == "bgr8":
-        return np.ascontiguousarray(image[:, :, ::-1])
-    if message.encoding == "mono8":
-        return np.repeat(image, 3, axis=2)
-    return image
-
-
-def check_layout(message: Image) -> None:
-    """Raise ContractError unless encoding, size, step and data length of `message` belong together."""
-    if message.encoding not in CHANNELS:
-        raise ContractError(
-            f"image encoding: expected one of {', '.join(CHANNELS)}, found '{message.encoding}'. Set the camera driver to rgb8."
-        )
-    row = message.width * CHANNELS[message.encoding]
-    if message.height == 0 or row == 0 or message.step < row:
-        raise ContractError(f"image layout: expected rows of at least {row} bytes, found {message.height} rows of step {message.step}.")
-    if len(message.data) < message.height * message.step:
-        raise ContractError(f"image data: expected {message.height * message.step} bytes, found {len(message.data)}.")
 
 
 def load_reader() -> tuple[Callable[[Image], np.ndarray], str]:

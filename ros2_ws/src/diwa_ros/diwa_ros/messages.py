@@ -10,8 +10,9 @@ from geometry_msgs.msg import PoseStamped
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from scipy.spatial.transform import Rotation
 
-NANOSECONDS = 1_000_000_000
-GIMBAL_LOCK = 1e-7  # cosine of the middle angle
+from diwa_core.data.messages import NANOSECONDS
+from diwa_core.data.messages import from_pose as from_pose
+from diwa_core.data.messages import to_ns as to_ns
 
 
 def reliable(depth: int) -> QoSProfile:
@@ -31,11 +32,6 @@ def to_time(stamp_ns: int) -> Time:
 def to_duration(duration_ns: int) -> Duration:
     """Nanoseconds -> builtin_interfaces/Duration."""
     return Duration(sec=duration_ns // NANOSECONDS, nanosec=duration_ns % NANOSECONDS)
-
-
-def to_ns(stamp: Time | Duration) -> int:
-    """builtin_interfaces/Time or Duration -> nanoseconds."""
-    return stamp.sec * NANOSECONDS + stamp.nanosec
 
 
 def to_float32(values: np.ndarray) -> array.array:
@@ -63,23 +59,3 @@ def to_pose(pose: np.ndarray, stamp_ns: int, frame_id: str) -> PoseStamped:
     x, y, z, w = Rotation.from_euler("xyz", pose[3:]).as_quat()
     orientation.x, orientation.y, orientation.z, orientation.w = float(x), float(y), float(z), float(w)
     return message
-
-
-def from_pose(message: PoseStamped) -> np.ndarray:
-    """PoseStamped -> xyz and euler xyz, float64 [6]. A quaternion that is not finite or zero gives NaN, never an exception."""
-    position, orientation = message.pose.position, message.pose.orientation
-    quaternion = np.array([orientation.x, orientation.y, orientation.z, orientation.w])
-    if not np.isfinite(quaternion).all() or np.linalg.norm(quaternion) < 1e-6:
-        euler = np.full(3, np.nan)
-    else:
-        euler = to_euler(Rotation.from_quat(quaternion).as_matrix())
-    return np.concatenate([[position.x, position.y, position.z], euler])
-
-
-def to_euler(matrix: np.ndarray) -> np.ndarray:
-    """Rotation matrix [3, 3] -> euler xyz (R = Rz Ry Rx) [3]; at gimbal lock yaw is 0, without the warning SciPy's would print."""
-    level = np.hypot(matrix[0, 0], matrix[1, 0])
-    pitch = np.arctan2(-matrix[2, 0], level)
-    if level < GIMBAL_LOCK:
-        return np.array([np.arctan2(-matrix[1, 2], matrix[1, 1]), pitch, 0.0])
-    return np.array([np.arctan2(matrix[2, 1], matrix[2, 2]), pitch, np.arctan2(matrix[1, 0], matrix[0, 0])])
