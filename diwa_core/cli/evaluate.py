@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="evaluation", choices=("train", "validation", "evaluation"), help="list of start states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the policy's noise; the starts stay the same, so runs are paired")
     parser.add_argument("--workers", type=int, help="default: one per core")
-    parser.add_argument("--record", help="play store to write the episodes to (for the replay test)")
+    parser.add_argument("--record", help="play store to write the episodes to: for the replay test, or to refit the world model")
     parser.add_argument("--write-card", action="store_true", help="keep each rate in its policy's model card")
     parser.add_argument(
         "--out",
@@ -95,6 +95,7 @@ def run_single(args: argparse.Namespace) -> int:
     from diwa_core.cli.progress import stage_progress
     from diwa_core.errors import DataError
     from diwa_core.evaluate.evaluation import evaluate, plan_episodes
+    from diwa_core.evaluate.recording import append_rollout, count_steps, create_rollout_store
     from diwa_core.evaluate.statistics import pool_mean, success_rate
     from diwa_core.sim.skills import SKILLS, check_skill
 
@@ -107,10 +108,13 @@ def run_single(args: argparse.Namespace) -> int:
         for plan in plan_episodes(skill, Path(args.policies) / skill, args.episodes, args.split, args.seed, bool(args.record))
     ]
     done = [0]
+    store = create_rollout_store(args.record, args.split, args.seed) if args.record else None
 
     with stage_progress() as progress:
 
         def count(plan, result) -> None:
+            if store:
+                append_rollout(store, result)
             done[0] += 1
             progress("episodes", done[0] / len(plans))
 
@@ -133,8 +137,8 @@ def run_single(args: argparse.Namespace) -> int:
             for p, r in zip(plans, results, strict=True)
         ]
         Path(args.out).write_text(json.dumps({"split": args.split, "seed": args.seed, "episodes": rows}, indent=1))
-    if args.record:
-        write_episodes(args.record, results, args)
+    if store:
+        console.print(f"{len(plans)} episodes, {count_steps(store)} environment steps in {args.record}")
     return 0
 
 
@@ -151,17 +155,3 @@ def write_card(args: argparse.Namespace, policy: str | Path, success: list[bool]
 def format_rate(rate) -> str:
     """An Estimate as per cent with its 95 % interval."""
     return f"{100 * rate.value:5.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
-def write_episodes(path: str, results: list, args: argparse.Namespace) -> None:
-    """Keep recorded episodes as a play store."""
-    import numpy as np
-
-    from diwa_core.contract import Contract
-    from diwa_core.data.store import PlayStore
-    from diwa_core.sim.skills import SKILLS
-
-    store = PlayStore.create(path, Contract(), {"generator": "evaluation", "split": args.split, "seed": args.seed})
-    for result in results:
-        skill = np.full(len(result.frames["actions"]), SKILLS.index(result.skill), np.int8)
-        store.append_episode({**result.frames, "skill": skill})

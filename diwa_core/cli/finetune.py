@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument("--run-dir", required=True, help="metrics and the state of a killed run")
     parser.add_argument("--iterations", type=int)
+    parser.add_argument("--max-minutes", type=float, help="begin no iteration later than this and take the best candidate until then")
     parser.add_argument("--bc-scale", type=float)
     parser.add_argument("--actor-rate", type=float)
     parser.add_argument("--finetuned-steps", type=int, help="denoising steps that are fine-tuned")
@@ -56,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from diwa_core.cli.progress import stage_progress
+    from diwa_core.evaluate.recording import spent_steps
     from diwa_core.finetune.offline import FinetuneConfig, Imagination, finetune
     from diwa_core.finetune.ppo import PPOConfig
     from diwa_core.policy.store import load_policy, save_policy
     from diwa_core.reward.store import load_classifier
     from diwa_core.world_model.filter import load_world_model
 
+    began, limit_s = time.monotonic(), float("inf") if args.max_minutes is None else 60 * args.max_minutes
     torch.set_num_threads(args.threads)
     loaded = [load_world_model(path, device=args.device) for path in (args.world_model, *args.more_models)]
     models, world = [model for model, _ in loaded], loaded[0][1]
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             if "judged" in metrics:
                 logger.info("%s %s", skill, {key: round(value, 4) for key, value in metrics.items()})
 
-        tuned, found = finetune(imagination, policy.to(args.device), config, args.run_dir, report)
+        tuned, found = finetune(imagination, policy.to(args.device), config, args.run_dir, report, lambda: time.monotonic() - began > limit_s)
     lineage = {
         "base": base.identity,
         "classifier": judge.identity,
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         "threshold": classifier.threshold.item(),
         "misplaced_mm": args.misplaced_mm,
         "finetuning": asdict(config),
-        "environment_steps": 0,
+        "environment_steps": sum(spent_steps([], *(checkpoint.lineage for _, checkpoint in loaded)).values()),  # on refits
         "code_version": __version__,
     }
     card = {**found, "starts": "beginnings of demonstrations that were not cloned"}

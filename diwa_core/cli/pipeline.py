@@ -102,7 +102,7 @@ def work(pipeline, selected: list, workers: int, max_minutes: float | None) -> i
 
 def select(stages: list, only: list[str] | None, until: str | None) -> list:
     """Stages by name or by the beginning of it; raises ConfigError on a name that fits none."""
-    groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
+    groups = ", ".join(dict.fromkeys(stage.name.split("/")[0] for stage in stages))
 
     def fits(stage, name: str) -> bool:
         return f"{stage.name}/".startswith(f"{name.rstrip('/')}/")

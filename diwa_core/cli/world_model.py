@@ -17,6 +17,7 @@ from diwa_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from diwa_core.world_model.distributed import Ranks
+    from diwa_core.world_model.model import WorldModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--run-dir", required=True, help="run folder (state, metrics, TensorBoard)")
     train.add_argument("--out", help="checkpoint to write (default: RUN_DIR/checkpoint)")
     train.add_argument("--config", help="YAML with 'model' and 'training' mappings that override the size's defaults")
-    train.add_argument("--codes", help="checkpoint of a world model whose frozen image codes are used, instead of training new ones")
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--init", help="checkpoint to go on from (a refit): its configuration, weights and image codes; --size is not asked")
+    start.add_argument("--codes", help="checkpoint of a world model whose frozen image codes are used, instead of training new ones")
     train.add_argument("--steps", type=int)
     train.add_argument("--seed", type=int)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -68,6 +71,7 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, ranks: Ranks, device: str) -> int:
     from diwa_core.cli.progress import stage_progress, stop_between_updates
     from diwa_core.data.store import PlayStore
+    from diwa_core.evaluate.recording import spent_steps
     from diwa_core.world_model.filter import load_world_model, save_world_model
     from diwa_core.world_model.model import SIZES, WorldModel
     from diwa_core.world_model.train import PAPER_TRAINING, PlayData, TrainConfig, Trainer
@@ -75,8 +79,10 @@ def _train(args: argparse.Namespace, ranks: Ranks, device: str) -> int:
     if args.size not in SIZES:
         raise ConfigError(f"--size: expected one of {', '.join(SIZES)}, found '{args.size}'.")
     overrides = load_overrides(args.config)
-    model_config = from_dict(type(SIZES["small"]), to_dict(SIZES[args.size]) | overrides.get("model", {}), "model")
-    training = PAPER_TRAINING if args.size == "paper" else TrainConfig()
+    origin, initial = load_world_model(args.init, device=device) if args.init else (None, None)
+    defaults = origin.config if origin else SIZES[args.size]
+    model_config = from_dict(type(defaults), to_dict(defaults) | overrides.get("model", {}), "model")
+    training = PAPER_TRAINING if defaults.name == "paper" else TrainConfig()
     training = from_dict(TrainConfig, to_dict(training) | overrides.get("training", {}), "training")
     chosen = {key: value for key, value in (("steps", args.steps), ("seed", args.seed)) if value is not None}
     training = replace(training, **chosen)
@@ -90,6 +96,9 @@ def _train(args: argparse.Namespace, ranks: Ranks, device: str) -> int:
     model = WorldModel(model_config).to(device)
     logging.getLogger(__name__).info("%s\n%d frames of play", model, len(data.low))
     codes_from, codes = load_world_model(args.codes, device=device) if args.codes else (None, None)
+    if origin:
+        copy_weights(origin, model)
+        codes_from = origin if model_config.frozen_embedding else None
     trainer = Trainer(model, data, training, args.run_dir, codes_from, ranks)
     shown = stage_progress() if ranks.main else nullcontext(lambda stage, done: None)
     with shown as progress, stop_between_updates(progress, lambda: trainer.step and trainer.save()) as report:
@@ -101,15 +110,26 @@ def _train(args: argparse.Namespace, ranks: Ranks, device: str) -> int:
         "training": to_dict(training),
         "code_version": __version__,
         "frames": len(data.low),
+        "rollouts": (spent := spent_steps(stores, *(parent.lineage for parent in (initial, codes) if parent))),
+        "environment_steps": sum(spent.values()),
         "seconds": round(trainer.seconds),
         "device": args.device,
         "processes": ranks.count,
         **({"codes": codes.identity} if codes else {}),
+        **({"init": initial.identity} if initial else {}),
     }
     path = args.out or str(Path(args.run_dir) / "checkpoint")
     identity = save_world_model(path, model, stores[0].contract, lineage, {"last_metrics": metrics}, half=True)
     logging.getLogger(__name__).info("wrote %s, identity %s", path, identity[:16])
     return 0
+
+
+def copy_weights(source: WorldModel, target: WorldModel) -> None:
+    """Give `target` the weights of `source`; raises ConfigError when they do not fit."""
+    try:
+        target.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"--init: expected a model of the same shape; 'model' in --config may change losses only: {error}") from error
 
 
 def load_overrides(path: str | None) -> dict:

@@ -1,8 +1,8 @@
 """The recipe of DiWA, config/pipeline.yaml, as stages: play -> world model -> demonstrations -> policies -> classifiers -> fine-tuning ->
-evaluation -> report.
+evaluation -> report; then, if asked for, rounds of refitting.
 
-Below the root: data/, world_model/, more_models/<name>/, seed<k>/{policies,classifiers,finetuned}/<skill>, report/; runs/ holds what a
-stopped training continues from.
+Below the root: data/, world_model/, more_models/<name>/, seed<k>/{policies,classifiers,finetuned}/<skill>, report/; the same of a refit
+below refit<n>/; runs/ holds what a stopped training continues from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diwa_core.config import from_dict, load_yaml, to_dict
 from diwa_core.errors import ConfigError
 from diwa_core.pipeline.stage import At, Stage
 
-DEMOS, ROLLOUTS, WORLD_MODEL, REPORT = At("data/demos"), At("data/rollouts"), At("world_model"), At("report")
+DEMOS, ROLLOUTS = At("data/demos"), At("data/rollouts")
 SIZES = ("small", "paper", "lowdim")
 
 
@@ -40,6 +40,22 @@ class DemoFlags:
 
 
 @dataclass(frozen=True)
+class RefitFlags:
+    """After fine-tuning: `rounds` times record the first seed's fine-tuned policies, refit the world models, and fine-tune again.
+
+    rollouts: options of the recording, which costs environment steps. world_model: what is different from the recipe's in a refit.
+    """
+
+    rounds: int = 0
+    rollouts: dict = field(default_factory=dict)
+    world_model: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise ConfigError(f"refit.rounds: expected 0 (none) or more, found {self.rounds}.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What the stages are made from. A mapping holds options of the stage's command, `_` for `-`; an option whose value is a mapping
     becomes a YAML file. play, validation: stores by name. more_models: world models that share the codes of the first, by name.
@@ -58,6 +74,7 @@ class Recipe:
     evaluate: dict = field(default_factory=dict)
     rollouts: dict = field(default_factory=dict)
     report: dict = field(default_factory=dict)
+    refit: RefitFlags = field(default_factory=RefitFlags)
     sizes: dict = field(default_factory=dict)
 
 
@@ -89,6 +106,37 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Where the stages of a round work. number: 0 is offline, 1 the first refit; play: stores to learn from."""
+
+    number: int
+    play: tuple[At, ...]
+
+    @property
+    def base(self) -> At:
+        """Its folder."""
+        return At(f"refit{self.number}") if self.number else At()
+
+    @property
+    def world_model(self) -> At:
+        """The world model that serves all skills."""
+        return self.base / "world_model"
+
+    @property
+    def report(self) -> At:
+        """Folder of what was measured."""
+        return self.base / "report"
+
+    def seed(self, seed: int) -> At:
+        """Folder of a training seed."""
+        return self.base / f"seed{seed}"
+
+    def stage(self, name: str) -> str:
+        """The name of a stage."""
+        return str(self.base / name)
+
+
+@dataclass(frozen=True)
 class Builder:
     """Turns a recipe into stages. `workers` processes at a time; device: None leaves it to each command."""
 
@@ -101,19 +149,30 @@ class Builder:
 
     def stages(self) -> list[Stage]:
         """All stages in the order of the method."""
-        stores = [self.play(name, flags) for name, flags in (self.recipe.play | self.recipe.validation).items()]
-        shared = [*stores, self.demos(), self.world_model(), *map(self.another_model, self.recipe.more_models)]
-        policies = [self.policy(seed, skill) for seed in self.seeds for skill in self.skills]
-        learning = [self.rollouts(), *map(self.classifiers, self.seeds)]
-        finetuned = [self.finetune(seed, skill) for seed in self.seeds for skill in self.skills]
-        return [*shared, *policies, *learning, *finetuned, self.evaluate(), self.report(), self.card()]
+        recipe, offline = self.recipe, Round(0, tuple(At("data", name) for name in self.recipe.play))
+        stages = [self.play(name, flags) for name, flags in (recipe.play | recipe.validation).items()]
+        stages += [self.demos(), self.world_model(offline), *(self.another_model(offline, name) for name in recipe.more_models)]
+        stages += [*self.policies(offline), self.rollouts(offline), *self.improve(offline), self.card(offline)]
+        last = offline
+        for number in range(1, recipe.refit.rounds + 1):
+            recorded = At("data", f"refit{number}")
+            refit = Round(number, (*last.play, recorded))
+            stages += [self.record(last, recorded), self.world_model(refit, last)]
+            stages += [self.another_model(refit, name, last) for name in recipe.more_models]
+            stages += [*self.policies(refit), *self.improve(refit)]
+            last = refit
+        return stages
+
+    def policies(self, at: Round) -> list[Stage]:
+        """The base policies."""
+        return [self.policy(at, seed, skill) for seed in self.seeds for skill in self.skills]
+
+    def improve(self, at: Round) -> list[Stage]:
+        """From base policies to what has become of them."""
+        finetuned = [self.finetune(at, seed, skill) for seed in self.seeds for skill in self.skills]
+        return [*(self.classifiers(at, seed) for seed in self.seeds), *finetuned, self.evaluate(at), self.report(at)]
 
     # ---- data ---------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def play_stores(self) -> list[At]:
-        """Play to learn from."""
-        return [At("data", name) for name in self.recipe.play]
 
     @property
     def validation_stores(self) -> list[At]:
@@ -136,92 +195,105 @@ class Builder:
 
     # ---- training -----------------------------------------------------------------------------------------------------------------
 
-    def world_model(self) -> Stage:
-        """The world model that serves all skills."""
-        return self._train_model("world_model", WORLD_MODEL, self.recipe.world_model, ())
+    def world_model(self, at: Round, before: Round | None = None) -> Stage:
+        """The world model that serves all skills: new, or that of the round `before` refitted."""
+        return self._train_model(at, "world_model", self.recipe.world_model, before)
 
-    def another_model(self, name: str) -> Stage:
+    def another_model(self, at: Round, name: str, before: Round | None = None) -> Stage:
         """A further world model with the same image codes, to dream in or to judge."""
-        flags = merge(self.recipe.world_model, self.recipe.more_models[name])
-        return self._train_model(f"more_models/{name}", At("more_models", name), flags, (WORLD_MODEL,))
+        return self._train_model(at, f"more_models/{name}", merge(self.recipe.world_model, self.recipe.more_models[name]), before)
 
-    def _train_model(self, name: str, out: At, flags: dict[str, Any], codes: tuple[At, ...]) -> Stage:
-        run_dir = At("runs") / name
-        command = ("diwa", "world-model", "train", "--size", self.size, "--play", *self.play_stores)
-        command += ("--codes", *codes) if codes else ()
-        command += ("--run-dir", run_dir, "--out", out)
-        cores = 1 if codes else 2  # the image codes of the two views train side by side
-        inputs = (*self.play_stores, *codes)
-        return self._make(name, command, flags, inputs, (out,), keeps=(run_dir,), resumes=True, cores=cores, device=True)
+    def _train_model(self, at: Round, name: str, flags: dict[str, Any], before: Round | None) -> Stage:
+        out, run_dir = at.base / name, At("runs") / at.base / name
+        command: tuple[str | At, ...] = ("diwa", "world-model", "train")
+        if before:
+            start, flags = ("--init", before.base / name), merge(flags, self.recipe.refit.world_model)
+        else:
+            start = () if out == at.world_model else ("--codes", at.world_model)
+            command += ("--size", self.size)
+        command += ("--play", *at.play, *start, "--run-dir", run_dir, "--out", out)
+        cores = 1 if start else 2  # the image codes of the two views train side by side
+        inputs = (*at.play, *start[1:])
+        return self._make(at.stage(name), command, flags, inputs, (out,), keeps=(run_dir,), resumes=True, cores=cores, device=True)
 
-    def policy(self, seed: int, skill: str) -> Stage:
+    def policy(self, at: Round, seed: int, skill: str) -> Stage:
         """A base policy."""
-        folder = At(f"seed{seed}", "policies")
-        command = ("diwa", "policy", "--world-model", WORLD_MODEL, "--demos", DEMOS, "--skills", skill)
+        folder = at.seed(seed) / "policies"
+        command = ("diwa", "policy", "--world-model", at.world_model, "--demos", DEMOS, "--skills", skill)
         command += ("--seed", str(seed), "--out", folder)
-        return self._make(f"policies/seed{seed}/{skill}", command, self.recipe.policy, (WORLD_MODEL, DEMOS), (folder / skill,))
+        inputs = (at.world_model, DEMOS)
+        return self._make(at.stage(f"policies/seed{seed}/{skill}"), command, self.recipe.policy, inputs, (folder / skill,))
 
-    def rollouts(self) -> Stage:
+    def rollouts(self, at: Round) -> Stage:
         """Recorded episodes of the first seed's base policies, for measuring world model and classifiers."""
-        folder = At(f"seed{self.seeds[0]}", "policies")
-        command = ("diwa", "evaluate", "--world-model", WORLD_MODEL, "--policies", folder, "--skills", *self.skills, "--record", ROLLOUTS)
-        inputs = (WORLD_MODEL, *(folder / skill for skill in self.skills))
-        return self._make("rollouts", command, self.recipe.rollouts, inputs, (ROLLOUTS,), keeps=(ROLLOUTS,), cores=self.workers)
+        return self._record("rollouts", at, "policies", ROLLOUTS, self.recipe.rollouts)
 
-    def classifiers(self, seed: int) -> Stage:
-        """Success classifiers; those of several skills learn from each other's windows. Rollouts measure them, nothing more."""
-        folder = At(f"seed{seed}", "classifiers")
-        command = ("diwa", "classifier", "train", "--world-model", WORLD_MODEL, *self._more_models(), "--skills", *self.skills)
-        command += ("--play", *self.play_stores, "--demos", DEMOS, "--validation", *self.validation_stores, "--rollouts", ROLLOUTS)
+    def record(self, at: Round, out: At) -> Stage:
+        """Recorded episodes of the first seed's fine-tuned policies, for refitting the world model: on starts that measure nothing."""
+        return self._record(f"{out.name}/rollouts", at, "finetuned", out, self.recipe.refit.rollouts, ("--split", "train"))
+
+    def _record(self, name: str, at: Round, kind: str, out: At, flags: dict[str, Any], extra: tuple[str, ...] = ()) -> Stage:
+        folder = at.seed(self.seeds[0]) / kind
+        command = ("diwa", "evaluate", "--world-model", at.world_model, "--policies", folder, "--skills", *self.skills)
+        command += ("--record", out, *extra)
+        inputs = (at.world_model, *(folder / skill for skill in self.skills))
+        return self._make(name, command, flags, inputs, (out,), keeps=(out,), cores=self.workers)
+
+    def classifiers(self, at: Round, seed: int) -> Stage:
+        """Success classifiers; those of several skills learn from each other's windows. ROLLOUTS measure them, nothing more."""
+        folder = at.seed(seed) / "classifiers"
+        command = ("diwa", "classifier", "train", "--world-model", at.world_model, *self._more_models(at), "--skills", *self.skills)
+        command += ("--play", *at.play, "--demos", DEMOS, "--validation", *self.validation_stores, "--rollouts", ROLLOUTS)
         command += ("--seed", str(seed), "--out", folder)
-        inputs = (WORLD_MODEL, *self.more_models, *self.play_stores, DEMOS, *self.validation_stores, ROLLOUTS)
+        inputs = (at.world_model, *self.more_models(at), *at.play, DEMOS, *self.validation_stores, ROLLOUTS)
         outputs = tuple(folder / skill for skill in self.skills)
-        return self._make(f"classifiers/seed{seed}", command, self.recipe.classifier, inputs, outputs, device=True)
+        return self._make(at.stage(f"classifiers/seed{seed}"), command, self.recipe.classifier, inputs, outputs, device=True)
 
-    def finetune(self, seed: int, skill: str) -> Stage:
+    def finetune(self, at: Round, seed: int, skill: str) -> Stage:
         """A fine-tuned policy."""
-        base, classifier, out = (At(f"seed{seed}", part, skill) for part in ("policies", "classifiers", "finetuned"))
-        run_dir = At("runs", f"seed{seed}", "finetune", skill)
-        command = ("diwa", "finetune", "--world-model", WORLD_MODEL, *self._more_models(), "--policy", base, "--classifier", classifier)
-        command += ("--demos", DEMOS, "--seed", str(seed), "--run-dir", run_dir, "--out", out)
-        inputs = (WORLD_MODEL, *self.more_models, base, classifier, DEMOS)
-        name = f"finetune/seed{seed}/{skill}"
+        base, classifier, out = (at.seed(seed) / part / skill for part in ("policies", "classifiers", "finetuned"))
+        run_dir = At("runs") / at.seed(seed) / "finetune" / skill
+        command = ("diwa", "finetune", "--world-model", at.world_model, *self._more_models(at), "--policy", base)
+        command += ("--classifier", classifier, "--demos", DEMOS, "--seed", str(seed), "--run-dir", run_dir, "--out", out)
+        inputs = (at.world_model, *self.more_models(at), base, classifier, DEMOS)
+        name = at.stage(f"finetune/seed{seed}/{skill}")
         return self._make(name, command, self.recipe.finetune, inputs, (out,), keeps=(run_dir,), resumes=True, device=True)
 
-    @property
-    def more_models(self) -> list[At]:
+    def more_models(self, at: Round) -> list[At]:
         """The further world models."""
-        return [At("more_models", name) for name in self.recipe.more_models]
+        return [at.base / "more_models" / name for name in self.recipe.more_models]
 
-    def _more_models(self) -> tuple[str | At, ...]:
-        return ("--more-models", *self.more_models) if self.more_models else ()
+    def _more_models(self, at: Round) -> tuple[str | At, ...]:
+        return ("--more-models", *self.more_models(at)) if self.recipe.more_models else ()
 
     # ---- measuring ----------------------------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> Stage:
+    def evaluate(self, at: Round) -> Stage:
         """Base beside fine-tuned policies in the simulator; episodes that are known already are not run again."""
-        sides = [(At(f"seed{seed}", "policies"), At(f"seed{seed}", "finetuned")) for seed in self.seeds]
+        sides = [(at.seed(seed) / "policies", at.seed(seed) / "finetuned") for seed in self.seeds]
         pairs = [word for side in sides for word in ("--pair", *side)]
-        command = ("diwa", "evaluate", "--world-model", WORLD_MODEL, *pairs, "--skills", *self.skills, "--write-card", "--out", REPORT)
-        inputs = (WORLD_MODEL, *(folder / skill for side in sides for folder in side for skill in self.skills))
-        outputs = (REPORT / "comparison.json", REPORT / "report.html")
-        return self._make("evaluate", command, self.recipe.evaluate, inputs, outputs, resumes=True, cores=self.workers)
+        command = ("diwa", "evaluate", "--world-model", at.world_model, *pairs, "--skills", *self.skills, "--write-card")
+        command += ("--out", at.report)
+        inputs = (at.world_model, *(folder / skill for side in sides for folder in side for skill in self.skills))
+        outputs = (at.report / "comparison.json", at.report / "report.html")
+        return self._make(at.stage("evaluate"), command, self.recipe.evaluate, inputs, outputs, resumes=True, cores=self.workers)
 
-    def report(self) -> Stage:
+    def report(self, at: Round) -> Stage:
         """How far the world model can be trusted."""
-        out = REPORT / "world_model"
-        command = ("diwa", "world-model", "report", "--checkpoint", WORLD_MODEL, "--play", *self.play_stores)
+        out = at.report / "world_model"
+        command = ("diwa", "world-model", "report", "--checkpoint", at.world_model, "--play", *at.play)
         command += ("--validation", *self.validation_stores, "--rollouts", ROLLOUTS, "--out", out)
-        inputs = (WORLD_MODEL, *self.play_stores, *self.validation_stores, ROLLOUTS)
-        return self._make("report", command, self.recipe.report, inputs, (out / "report.json", out / "report.txt"), device=True)
+        inputs = (at.world_model, *at.play, *self.validation_stores, ROLLOUTS)
+        outputs = (out / "report.json", out / "report.txt")
+        return self._make(at.stage("report"), command, self.recipe.report, inputs, outputs, device=True)
 
-    def card(self) -> Stage:
+    def card(self, at: Round) -> Stage:
         """The model card of the first seed."""
-        folder, out = At(f"seed{self.seeds[0]}"), REPORT / "README.md"
-        figures, comparison = REPORT / "world_model" / "report.json", REPORT / "comparison.json"
-        command = ("diwa", "card", folder, "--world-model", WORLD_MODEL, "--report", figures, "--comparison", comparison, "--out", out)
+        folder, out = at.seed(self.seeds[0]), at.report / "README.md"
+        figures, comparison = at.report / "world_model" / "report.json", at.report / "comparison.json"
+        command = ("diwa", "card", folder, "--world-model", at.world_model, "--report", figures, "--comparison", comparison, "--out", out)
         parts = (folder / part / skill for part in ("policies", "finetuned", "classifiers") for skill in self.skills)
-        return self._make("card", command, {}, (WORLD_MODEL, *parts, figures, comparison), (out,))
+        return self._make("card", command, {}, (at.world_model, *parts, figures, comparison), (out,))
 
     # -------------------------------------------------------------------------------------------------------------------------------
 

@@ -48,8 +48,8 @@ class Stage:
 
     @property
     def group(self) -> str:
-        """The kind of stage: the first part of its name."""
-        return self.name.split("/")[0]
+        """The kind of stage: the first part of its name, behind the number of a refit."""
+        return next(part for part in self.name.split("/") if not part.startswith("refit"))
 
     @property
     def module(self) -> str:
