@@ -38,7 +38,6 @@ class WorldModelConfig:
     classes: int = 32
     deterministic: int = 512
     hidden: int = 512
-    places: int = 0  # residual latents: sines of places, which tell a touch from a near miss
     warmup_frames: int = 4  # frames filtered after a reset before a feature is used
     leash_m: float = 0.08  # how far the commanded position may lead the measured one
     proprio_weight: float = 4.0  # of an entry of the proprioception in the prediction loss; an entry of a code weighs about 1
@@ -99,7 +98,7 @@ class WorldModel(nn.Module):
             self.embedding_size = low_dimensional + fused
         if config.latent == "residual":
             sizes = (config.deterministic, config.hidden, self.embedding_size, ACTION_SIZE)
-            latent: nn.Module = ResidualLatent(*sizes, config.stochastic, self.command, config.places)
+            latent: nn.Module = ResidualLatent(*sizes, config.stochastic, self.command)
         else:
             latent = CategoricalLatent(config.deterministic, config.hidden, self.embedding_size, config.groups, config.classes)
         self.rssm = RSSM(latent, config.deterministic, config.hidden, ACTION_SIZE)
@@ -133,11 +132,6 @@ class WorldModel(nn.Module):
     def two_peaked(self) -> Tensor:
         """How two-peaked each code component is [sum of code sizes]: the scene's lasting states, found without labels."""
         return torch.cat([code.two_peaked for code in self.codes.values()]) if self.codes else self.low_mean.new_zeros(0)
-
-    def look_at_states(self) -> None:
-        """Let the place features see the scene's lasting states, once the codes are trained."""
-        if self.config.latent == "residual" and self.config.places:
-            self.rssm.latent.places.look_at(self.two_peaked)
 
     # ---- observations -------------------------------------------------------------------------------------------------------------
 

@@ -9,14 +9,13 @@ Letters: B batch, T time, D deterministic, Z latent, E embedding, A action.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diwa_core.world_model.command import COMMANDED, LAG, TARGET, TCP, CommandedPose
+from diwa_core.world_model.command import COMMANDED, LAG, CommandedPose
 from diwa_core.world_model.distributed import RandomSource, exponential_like, normal_like
 
 
@@ -44,41 +43,6 @@ class State:
         return State(self.h[index], self.z[index])
 
 
-class PlaceFeatures(nn.Module):
-    """Sines of directions in the joint space of the measured and the commanded position and the scene's lasting states.
-
-    Whether fingers touch a handle changes within millimetres of their difference; a perceptron on raw coordinates learns such edges only
-    slowly (random Fourier features, Tancik et al. 2020). Directions are learned; wavelengths begin between `SHORTEST_M` and `LONGEST_M`.
-    """
-
-    SHORTEST_M, LONGEST_M = 0.04, 0.8
-    STATE_WAVELENGTH_M = 0.15  # one standard deviation of a lasting state counts as so far
-
-    def __init__(self, count: int, command: CommandedPose, codes: int) -> None:
-        super().__init__()
-        self._command = (command,)  # as in ResidualLatent
-        direction = torch.randn(count, 6 + codes)
-        direction[: count // 2, 3:6] = 0  # half of them look at the measured position alone
-        direction = direction / direction[:, :6].norm(dim=-1, keepdim=True)
-        wavelength = self.SHORTEST_M * (self.LONGEST_M / self.SHORTEST_M) ** torch.rand(count, 1)
-        self.frequency = nn.Parameter(2 * math.pi * direction / wavelength)
-        self.phase = nn.Parameter(2 * math.pi * torch.rand(count))
-        self.register_buffer("state_scale", torch.zeros(codes))  # which codes are lasting states; set by `look_at`
-
-    def look_at(self, two_peaked: Tensor) -> None:
-        """Take in code components by how two-peaked they are [codes]."""
-        self.state_scale.copy_(self.STATE_WAVELENGTH_M * two_peaked.clamp(0, 1))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """[.., count] of a latent [.., Z]; float32 whatever the autocast, since phases are many turns."""
-        (command,) = self._command
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            low = command.restore(z[..., : command.mean.shape[0]])
-            place = torch.cat([low[..., TCP] + low[..., TARGET], low[..., TARGET], z[..., command.mean.shape[0] :] * self.state_scale], -1)
-            return torch.sin(F.linear(place, self.frequency, self.phase))
-
-
 def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ELU(), nn.Linear(hidden, outputs))
 
@@ -88,18 +52,13 @@ class CategoricalLatent(nn.Module):
 
     def __init__(self, deterministic: int, hidden: int, embedding: int, groups: int, classes: int) -> None:
         super().__init__()
-        self.groups, self.classes = groups, classes
-        self.size = self.lifted_size = groups * classes
+        self.groups, self.classes, self.size = groups, classes, groups * classes
         self.prior_head = _head(deterministic, hidden, self.size)
         self.posterior_in = nn.Linear(deterministic, hidden)
         self.posterior_embedding = nn.Linear(embedding, hidden, bias=False)
         self.posterior_out = nn.Sequential(nn.LayerNorm(hidden), nn.ELU(), nn.Linear(hidden, self.size))
 
-    def lift(self, z: Tensor) -> Tensor:
-        """What the networks read of a latent: itself."""
-        return z
-
-    def prior(self, h: Tensor, lifted: Tensor, previous: State, action: Tensor) -> Tensor:
+    def prior(self, h: Tensor, previous: State, action: Tensor) -> Tensor:
         """Logits [B, Z] of the latent before the observation."""
         return self.prior_head(h).float()
 
@@ -132,27 +91,21 @@ class ResidualLatent(nn.Module):
     commanded pose it goes (none when something is in the way), so neither free motion nor contact drifts.
     """
 
-    def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, command: CommandedPose, places: int = 0) -> None:
+    def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, command: CommandedPose) -> None:
         super().__init__()
         self.size, self.stochastic = embedding, stochastic
-        self.places = PlaceFeatures(places, command, embedding - command.mean.shape[0]) if places else None
-        self.lifted_size = embedding + places
         self.outputs = embedding * (2 if stochastic else 1)
         self._command = (command,)  # the world model's own; in a tuple, so that its buffers are not stored twice
-        self.prior_head = _head(deterministic + self.lifted_size + action, hidden, self.outputs + LAG.stop)
+        self.prior_head = _head(deterministic + embedding + action, hidden, self.outputs + LAG.stop)
         self.direct = nn.Linear(embedding + action, embedding, bias=False)  # a commanded pose moves linearly with the action
         nn.init.zeros_(self.direct.weight)
         nn.init.zeros_(self.prior_head[-1].bias)
         self.register_buffer("change_scale", torch.ones(embedding))  # std of one-step changes, measured on the play
 
-    def lift(self, z: Tensor) -> Tensor:
-        """What the networks read of a latent [.., Z]: [.., lifted_size]."""
-        return z if self.places is None else torch.cat([z, self.places(z)], -1)
-
-    def prior(self, h: Tensor, lifted: Tensor, previous: State, action: Tensor) -> Tensor:
-        """Mean (and log-std) of the next latent, [B, Z] or [B, 2Z]; `lifted`: of the previous one."""
+    def prior(self, h: Tensor, previous: State, action: Tensor) -> Tensor:
+        """Mean (and log-std) of the next latent, [B, Z] or [B, 2Z]."""
         inputs = torch.cat([previous.z, action], -1)
-        out, share = self.prior_head(torch.cat([h, lifted, action], -1)).float().split([self.outputs, LAG.stop], -1)
+        out, share = self.prior_head(torch.cat([h, inputs], -1)).float().split([self.outputs, LAG.stop], -1)
         change = self.change_scale * (out[..., : self.size] + self.direct(inputs).float())
         (command,) = self._command
         commanded, held = command(previous.z[..., : command.mean.shape[0]], action)
@@ -185,7 +138,7 @@ class RSSM(nn.Module):
     def __init__(self, latent: nn.Module, deterministic: int, hidden: int, action: int) -> None:
         super().__init__()
         self.latent, self.deterministic = latent, deterministic
-        self.embed_latent = nn.Linear(latent.lifted_size, hidden)
+        self.embed_latent = nn.Linear(latent.size, hidden)
         self.embed_action = nn.Linear(action, hidden, bias=False)
         self.norm = nn.LayerNorm(hidden)
         self.cell = nn.GRUCell(hidden, deterministic)
@@ -203,17 +156,8 @@ class RSSM(nn.Module):
 
     def advance(self, state: State, action: Tensor) -> Tensor:
         """h after `action` [B, A]: [B, D]."""
-        return self._advance(state, self.latent.lift(state.z), action)
-
-    def _advance(self, state: State, lifted: Tensor, action: Tensor) -> Tensor:
-        inputs = F.elu(self.norm(self.embed_latent(lifted) + self.embed_action(action)))
+        inputs = F.elu(self.norm(self.embed_latent(state.z) + self.embed_action(action)))
         return self._gru(inputs, state.h)
-
-    def _predict(self, state: State, action: Tensor) -> tuple[Tensor, Tensor]:
-        """h after `action` [B, D] and the parameters of the prior."""
-        lifted = self.latent.lift(state.z)
-        h = self._advance(state, lifted, action)
-        return h, self.latent.prior(h, lifted, state, action)
 
     def _gru(self, inputs: Tensor, h: Tensor) -> Tensor:
         """nn.GRUCell whose state stays float32 under autocast: rounding it at every step costs precision over long open loops."""
@@ -226,8 +170,8 @@ class RSSM(nn.Module):
 
     def imagine(self, state: State, action: Tensor, generator: torch.Generator | None = None) -> State:
         """One step without an observation: the latent is drawn from the prior."""
-        h, prior = self._predict(state, action)
-        return State(h, self.latent.sample(prior, generator))
+        h = self.advance(state, action)
+        return State(h, self.latent.sample(self.latent.prior(h, state, action), generator))
 
     def observe(self, state: State, action: Tensor, embedding: Tensor, generator: torch.Generator | None = None) -> State:
         """One step with an observation embedding [B, E]: the latent is drawn from the posterior."""
@@ -249,7 +193,8 @@ class RSSM(nn.Module):
             action = actions[:, t]
             if any_first[t]:
                 state = fresh.where(first[:, t], state)
-            h, prior = self._predict(state, action)
+            h = self.advance(state, action)
+            prior = self.latent.prior(h, state, action)
             posterior = self.latent.posterior(h, embeddings[:, t])
             z = self.latent.sample(posterior, generator)
             if not all_seen[t]:

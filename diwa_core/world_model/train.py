@@ -402,7 +402,6 @@ class Trainer:
             self.data.measure_events(self.model.two_peaked)
         if not resumed:
             self._measure_changes()
-            self.model.look_at_states()
             self.save()
 
     def _embed(self, resumed: bool) -> None:
