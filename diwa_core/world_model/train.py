@@ -84,7 +84,7 @@ class PlayData:
 
     def __init__(self, stores: list[PlayStore], config: WorldModelConfig, max_frames: int | None = None) -> None:
         labels = [name for name in ("scene_obs", "skill") if all(name in store.fields for store in stores)]
-        fields = ["robot_obs", "target_pose", "actions", *config.views, *labels]
+        fields = ["robot_obs", "target_pose", "actions", *labels]
         episodes = [[(s, e) for s, e in store.episodes if max_frames is None or e <= max_frames] for store in stores]
         ends = [part[-1][1] if part else 0 for part in episodes]
         if not any(ends):
@@ -96,7 +96,7 @@ class PlayData:
         self.actions = np.concatenate([arrays["actions"] for arrays in loaded]).astype(np.float32)
         low = [low_vector(arrays["robot_obs"], arrays["target_pose"], arrays.get("scene_obs"), config.scene_size) for arrays in loaded]
         self.low = torch.from_numpy(np.concatenate(low))
-        self.images = {view: torch.from_numpy(np.concatenate([arrays[view] for arrays in loaded])) for view in config.views}
+        self.images = {view: _read_images(stores, ends, view) for view in config.views}
         self.embeddings: Tensor | None = None
         self.events: np.ndarray | None = None
         if not torch.isfinite(self.low).all():
@@ -134,6 +134,18 @@ class PlayData:
             batch["low"] = self.low[frames].to(device)
             batch["images"] = {view: image[frames].to(device) for view, image in self.images.items()}
         return batch
+
+
+def _read_images(stores: list[PlayStore], ends: list[int], view: str, chunk: int = 8192) -> Tensor:
+    """The first `ends` frames of the stores as one tensor [N, 64, 64, 3], never twice in memory."""
+    images, filled = None, 0
+    for store, end in zip(stores, ends, strict=True):
+        for start in range(0, end, chunk):
+            part = torch.from_numpy(store.read(view, start, min(start + chunk, end)))
+            images = part.new_empty(sum(ends), *part.shape[1:]) if images is None else images
+            images[filled : filled + len(part)] = part
+            filled += len(part)
+    return images
 
 
 def train_image_codes(model: WorldModel, data: PlayData, config: TrainConfig, report: Callable[[str, float], None]) -> dict[str, float]:
@@ -409,8 +421,10 @@ class Trainer:
         path = self.run_dir / "embeddings.safetensors"
         if resumed and path.exists():
             self.data.embeddings = load_file(path, device=str(self.model.device))["embeddings"]
+            self.data.images = {}
             return
         self.data.embed(self.model)
+        self.data.images = {}  # gigabytes that are not looked at again
         save_file({"embeddings": self.data.embeddings.cpu()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
