@@ -152,7 +152,7 @@ def install() -> None:
     say("2/3 torch, pybullet and the rest; meanwhile the interfaces are built")
     with ThreadPoolExecutor(2) as pool:
         wheel = pool.submit(build_interfaces)
-        rest = pool.submit(pip, "packages", "install", *requirements("dependencies", "dev"))
+        rest = pool.submit(pip, "packages", "install", *requirements("dependencies", "franka", "dev"))
         rest.result()
         built = wheel.result()
     say("3/3 diwa itself")
