@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from diwa_core.config import load_yaml
-from diwa_core.control.arms import ARMS, HAND_TO_TCP_M, Arm
+from diwa_core.contract import Contract
+from diwa_core.control.kinematics import HAND_M, HAND_YAW_RAD
+from diwa_core.control.limits import ARMS, MotionLimits, read_limits
 from diwa_core.errors import ConfigError
 
 Vector = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What no command may exceed, whatever a policy asks. Positions in the world frame."""
-
-    speed_m_s: float = 0.25
-    acceleration_m_s2: float = 1.0
-    jerk_m_s3: float = 50.0
-    speed_rad_s: float = 1.0
-    acceleration_rad_s2: float = 4.0
-    jerk_rad_s3: float = 200.0
-    workspace_lower_m: Vector = (-0.50, -0.62, 0.30)
-    workspace_upper_m: Vector = (0.50, 0.20, 0.85)
-    max_tilt_rad: float = 1.3  # between the hand's approach direction and straight down
-    leash_m: float = 0.05  # how far the target may lead the measured TCP
-    leash_rad: float = 0.2
-    joint_margin_rad: float = 0.1
-    max_condition: float = 60.0  # of the TCP Jacobian, lengths in metres
-    stop_after_refusals: int = 90  # steps in a row that a limit cut or refused
 
 
 @dataclass(frozen=True)
@@ -49,7 +33,7 @@ class Impedance:
 class Tool:
     """TCP in the frame of the Franka Hand, and what hangs on the flange besides the hand that Desk knows of."""
 
-    tcp_in_hand_m: Vector = (0.0, 0.0, HAND_TO_TCP_M)
+    tcp_in_hand_m: Vector = (0.0, 0.0, HAND_M)
     load_kg: float = 0.0
     load_centre_in_flange_m: Vector = (0.0, 0.0, 0.0)
     load_inertia_kg_m2: Vector = (0.0, 0.0, 0.0)  # diagonal
@@ -91,16 +75,18 @@ class RobotConfig:
     base_position_m: Vector = (0.0, 0.0, 0.0)  # of the robot's base in the world frame
     base_yaw_rad: float = 0.0
     home_joints_rad: Vector = (0.0, -0.7854, 0.0, -2.3562, 0.0, 1.5708, 0.7854)
-    limits: Limits = field(default_factory=Limits)
+    max_condition: float = 60.0  # of the hand's Jacobian, lengths in metres: how near a singularity may be
+    stop_after_refusals: int = 90  # steps in a row that a limit cut or refused
+    limits: dict[str, Any] = field(default_factory=dict)  # what differs from the model's profile (diwa_core.control.limits)
     impedance: Impedance = field(default_factory=Impedance)
     tool: Tool = field(default_factory=Tool)
     collision: Collision = field(default_factory=Collision)
     gripper: Gripper = field(default_factory=Gripper)
 
-    @property
-    def arm(self) -> Arm:
-        """The model's limits."""
-        return ARMS[self.model]
+    @cached_property
+    def motion(self) -> MotionLimits:
+        """Limits of motion, in the frame of the robot's base. Raises ConfigError, also above what the maker allows."""
+        return read_limits({"profile": self.model, **self.limits}, Contract())
 
     @property
     def base_in_world(self) -> np.ndarray:
@@ -111,10 +97,11 @@ class RobotConfig:
         return frame
 
     @property
-    def tcp_in_hand(self) -> np.ndarray:
-        """[4, 4]."""
+    def tcp_in_flange(self) -> np.ndarray:
+        """[4, 4]: the hand is turned on the flange."""
         frame = np.eye(4)
-        frame[:3, 3] = self.tool.tcp_in_hand_m
+        frame[:3, :3] = Rotation.from_euler("z", HAND_YAW_RAD).as_matrix()
+        frame[:3, 3] = frame[:3, :3] @ self.tool.tcp_in_hand_m
         return frame
 
     def validate(self) -> None:
@@ -127,19 +114,14 @@ class RobotConfig:
         for where, name, low, high in _RANGES:
             part = getattr(self, where) if where else self
             _check_range(f"{where}.{name}".lstrip("."), getattr(part, name), low, high)
-        self._check_arm_limits()
+        if self.limits.get("profile", self.model) != self.model:
+            raise ConfigError(f"limits.profile: expected the model, {self.model}, found '{self.limits['profile']}'. Leave it out.")
         self._check_vectors()
-
-    def _check_arm_limits(self) -> None:
-        for name in ("speed_m_s", "acceleration_m_s2", "jerk_m_s3", "speed_rad_s", "acceleration_rad_s2", "jerk_rad_s3"):
-            _check_range(f"limits.{name}", getattr(self.limits, name), 1e-3, getattr(self.arm, name))
 
     def _check_vectors(self) -> None:
         sizes = {
             "base_position_m": (self.base_position_m, 3),
             "home_joints_rad": (self.home_joints_rad, 7),
-            "limits.workspace_lower_m": (self.limits.workspace_lower_m, 3),
-            "limits.workspace_upper_m": (self.limits.workspace_upper_m, 3),
             "tool.tcp_in_hand_m": (self.tool.tcp_in_hand_m, 3),
             "tool.load_centre_in_flange_m": (self.tool.load_centre_in_flange_m, 3),
             "tool.load_inertia_kg_m2": (self.tool.load_inertia_kg_m2, 3),
@@ -147,12 +129,10 @@ class RobotConfig:
         for name, (values, size) in sizes.items():
             if len(values) != size or not np.isfinite(values).all():
                 raise ConfigError(f"{name}: expected {size} finite numbers, found {list(values)}.")
-        for axis, low, high in zip("xyz", self.limits.workspace_lower_m, self.limits.workspace_upper_m, strict=True):
-            if not low < high:
-                raise ConfigError(f"limits.workspace: expected lower < upper in {axis}, found {low} and {high}.")
-        margin = self.limits.joint_margin_rad
-        for index, (angle, low, high) in enumerate(zip(self.home_joints_rad, self.arm.joint_lower, self.arm.joint_upper, strict=True), 1):
-            _check_range(f"home_joints_rad of joint {index}", angle, low + margin, high - margin)
+        limits = self.motion
+        joints = zip(self.home_joints_rad, limits.joint_lower_rad, limits.joint_upper_rad, strict=True)
+        for index, (angle, low, high) in enumerate(joints, 1):
+            _check_range(f"home_joints_rad of joint {index}", angle, low + limits.joint_margin_rad, high - limits.joint_margin_rad)
 
 
 _RANGES = (  # part, name, lowest, highest
@@ -161,12 +141,8 @@ _RANGES = (  # part, name, lowest, highest
     ("", "state_hz", 5.0, 200.0),
     ("", "release_after_s", 0.2, 60.0),
     ("", "base_yaw_rad", -np.pi, np.pi),
-    ("limits", "max_tilt_rad", 0.05, np.pi),
-    ("limits", "leash_m", 0.005, 0.15),
-    ("limits", "leash_rad", 0.02, 1.0),
-    ("limits", "joint_margin_rad", 0.02, 0.5),
-    ("limits", "max_condition", 5.0, 500.0),
-    ("limits", "stop_after_refusals", 1, 100000),
+    ("", "max_condition", 5.0, 500.0),
+    ("", "stop_after_refusals", 1, 100000),
     ("impedance", "translational_n_m", 50.0, 2000.0),
     ("impedance", "rotational_nm_rad", 5.0, 150.0),
     ("impedance", "error_clip_m", 0.005, 0.05),
