@@ -2,7 +2,8 @@
 
 Fields, N frames: rgb_static, rgb_gripper uint8 [N, 64, 64, 3]; robot_obs [N, 15], target_pose [N, 6], actions [N, 7] float32, where
 actions[t] is executed from frame t to t + 1; scene_obs [N, 24] float32 (simulation only); skill int8 [N], which of SKILLS was
-attempted (-1: none). `episode_ends` int64 [E]: exclusive ends of the episodes.
+attempted (-1: none). Episodes: `episode_ends` int64 [E], their exclusive ends; `episode_marks` int8 [E], how they ended (SUCCESS,
+FAILURE or UNMARKED; absent while nothing is marked).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from diwa_core.errors import ContractError, DataError, DiwaError
 FORMAT, FORMAT_VERSION = "diwa_play", 1
 CHUNK_FRAMES = 256
 SCENE_OBS_SIZE = 24
+SUCCESS, FAILURE, UNMARKED = 1, 0, -1
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ FIELDS = {
 
 @dataclass
 class PlayStore:
-    """An open store. Make one with `create` or `open`; `append_episode` writes, `load` and `episodes` read."""
+    """An open store. Make one with `create` or `open`; `append_episode` writes, `load` and `episodes` read.
+
+    Long episodes are written in parts: `append_frames` as often as needed, then `end_episode`; until then nothing of them counts.
+    """
 
     path: Path
     group: zarr.Group
     contract: Contract
     fields: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    pending: int = 0  # frames appended since the last end of an episode
 
     @staticmethod
     def create(path: str | Path, contract: Contract, settings: dict | None = None, fields: tuple[str, ...] = tuple(FIELDS)) -> PlayStore:
@@ -120,7 +126,9 @@ class PlayStore:
             raise DataError(f"{path}: expected a Zarr group, found {type(error).__name__}: {error}.") from error
         found = (group.attrs.get("format"), group.attrs.get("version"))
         if found != (FORMAT, FORMAT_VERSION):
-            raise DataError(f"{path}: expected format {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}.")
+            newer = found[0] == FORMAT and isinstance(found[1], int) and found[1] > FORMAT_VERSION
+            mend = " Update diwa to the version that wrote it." if newer else ""
+            raise DataError(f"{path}: expected format {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}.{mend}")
         try:
             contract = Contract.from_dict(group.attrs["contract"])
         except (KeyError, DiwaError) as error:
@@ -159,22 +167,81 @@ class PlayStore:
             ends.pop()  # its entry was made, but a crash came before its value
         return list(zip([0, *ends][: len(ends)], ends, strict=True))
 
-    def append_episode(self, episode: dict[str, np.ndarray]) -> None:
+    @property
+    def marks(self) -> list[int]:
+        """How every episode ended: SUCCESS, FAILURE or UNMARKED."""
+        count = len(self.episodes)
+        marks = [int(mark) for mark in self.group["episode_marks"][:count]] if "episode_marks" in self.group else []
+        return marks + [UNMARKED] * (count - len(marks))
+
+    def append_episode(self, episode: dict[str, np.ndarray], mark: int = UNMARKED) -> None:
         """Append one episode: every field of the store as an array [T, ...].
 
         Raises ContractError on a missing field, a wrong shape, unequal lengths or values that are not finite.
         """
-        arrays = self._validate(episode)
-        count, start = len(self.episodes), len(self)
+        self.drop_frames()
+        self.append_frames(episode)
+        self.end_episode()
+        if mark != UNMARKED:
+            self.set_mark(len(self.episodes) - 1, mark)
+
+    def append_frames(self, frames: dict[str, np.ndarray]) -> None:
+        """Append frames of the episode being written; raises as `append_episode`."""
+        arrays = self._validate(frames)
+        start = len(self) + self.pending
         end = start + len(arrays["actions"])
         with zarr.config.set({"array.write_empty_chunks": True}):  # so that a chunk that is not there is always an error
             for name, values in arrays.items():
                 array = self.group[name]
                 array.resize((end, *array.shape[1:]))
                 array[start:end] = values
+        self.pending = end - len(self)
+
+    def end_episode(self) -> None:
+        """Make an episode of the frames appended; raises DataError when there are none."""
+        if not self.pending:
+            raise DataError(f"{self.path}: expected frames before the end of an episode, found none.")
+        count, end = len(self.episodes), len(self) + self.pending
+        if "episode_marks" in self.group:
+            self.group["episode_marks"].resize((count,))  # what a crash or `truncate` left behind
         ends = self.group["episode_ends"]  # written last: an episode cut off by a crash does not count
         ends.resize((count + 1,))
         ends[count] = end
+        self.pending = 0
+
+    def set_mark(self, episode: int, mark: int) -> None:
+        """Say how an episode ended."""
+        count = len(self.episodes)
+        if "episode_marks" not in self.group:
+            self.group.create_array("episode_marks", shape=(0,), chunks=(4096,), dtype="int8", fill_value=UNMARKED)
+        marks = self.group["episode_marks"]
+        marks.resize((count,))
+        marks[episode] = mark
+
+    def drop_frames(self) -> None:
+        """Forget the frames of an episode that was not ended."""
+        self.pending = 0
+
+    def truncate(self, episodes: int) -> None:
+        """Keep the first `episodes` only, and no frames of an episode that was not ended."""
+        self.drop_frames()
+        self.group["episode_ends"].resize((min(episodes, len(self.episodes)),))
+
+    def extend(self, other: PlayStore) -> None:
+        """Append all episodes of a store with the same fields, with their marks."""
+        for (start, end), mark in zip(other.episodes, other.marks, strict=True):
+            while start < end:
+                stop = min(end, start + self.room)
+                self.append_frames({name: other.read(name, start, stop) for name in self.fields})
+                start = stop
+            self.end_episode()
+            if mark != UNMARKED:
+                self.set_mark(len(self.episodes) - 1, mark)
+
+    @property
+    def room(self) -> int:
+        """Frames until the chunk being filled is full: parts of this length are written fastest."""
+        return CHUNK_FRAMES - (len(self) + self.pending) % CHUNK_FRAMES
 
     def _validate(self, episode: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if set(episode) != set(self.fields):
@@ -209,8 +276,9 @@ class PlayStore:
 
     @property
     def content_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 over contract, episodes and every field's bytes (not the compression)."""
-        digest = hashlib.sha256(json.dumps([to_dict(self.contract), self.episodes], sort_keys=True).encode())
+        """First 16 hex digits of the SHA-256 over contract, episodes with their marks and every field's bytes (not the compression)."""
+        marks = [self.marks] if set(self.marks) - {UNMARKED} else []
+        digest = hashlib.sha256(json.dumps([to_dict(self.contract), self.episodes, *marks], sort_keys=True).encode())
         for name in self.fields:
             digest.update(name.encode())
             for start in range(0, len(self), CHUNK_FRAMES):
