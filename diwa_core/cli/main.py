@@ -22,6 +22,7 @@ class Verb(NamedTuple):
 VERBS = (
     Verb("doctor", "say what is installed, what is missing and how to mend it", "diwa_core.cli.doctor"),
     Verb("pipeline", "go from play to fine-tuned policies and their report, skipping what is up to date", "diwa_core.cli.pipeline"),
+    Verb("data", "bring rosbags and other data sets into play stores, look into them, export them", "diwa_core.cli.data"),
     Verb("world-model", "train a world model on play, or measure one", "diwa_core.cli.world_model"),
     Verb("policy", "clone base policies from demonstrations", "diwa_core.cli.policy"),
     Verb("classifier", "train success classifiers, the reward in imagination, or print how good they are", "diwa_core.cli.classifier"),
