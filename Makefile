@@ -1,9 +1,9 @@
-# make demo | test | benchmark | lint | clean. Each target sets up .venv first; a finished set-up is recognised in a moment.
+# make demo | loop | test | benchmark | lint | clean. Each target sets up .venv first; a finished set-up is recognised in a moment.
 # Variables: PYTHON=python3.11 (interpreter to make .venv with), ARGS="..." (passed on).
 SHELL := bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test benchmark lint clean checkpoints
+.PHONY: help setup demo loop test benchmark lint clean checkpoints
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -13,6 +13,9 @@ setup:
 
 demo: setup
 	@$(BIN)/diwa demo $(ARGS)
+
+loop: setup
+	@$(BIN)/diwa loop $(ARGS)
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)

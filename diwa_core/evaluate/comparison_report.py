@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -10,19 +11,20 @@ from diwa_core.evaluate.page import build_page, make_table, rate_bar, show_gain,
 from diwa_core.evaluate.statistics import compare_paired, success_rate
 
 
-def write_comparison_report(path: str | Path, comparison: Comparison, command: str) -> Path:
-    """Write the page and return its path. command: what was typed to make it."""
+def write_comparison_report(path: str | Path, comparison: Comparison, command: str, more: Sequence[str] = ()) -> Path:
+    """Write the page and return its path. command: what was typed to make it; more: sections that follow the table, HTML."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(build_comparison_report(comparison, command), encoding="utf-8")
+    path.write_text(build_comparison_report(comparison, command, more), encoding="utf-8")
     return path
 
 
-def build_comparison_report(comparison: Comparison, command: str) -> str:
+def build_comparison_report(comparison: Comparison, command: str, more: Sequence[str] = ()) -> str:
     """The page as one string."""
     sections = [
         _headline(comparison),
         _skill_section(comparison),
+        *more,
         _seed_section(comparison.skills),
         _imagined_section(comparison.skills),
         _provenance_section(comparison, command),

@@ -173,6 +173,35 @@ def watch(runner: GraphRunner, stops: list[int]) -> None:
         raise NodeDied(f"{death.sentence}. The other nodes are stopped. Its last lines:{lines}")
 
 
+def wait_active(evaluator: GraphEvaluator, nodes: list[str], log_folder: Path) -> None:
+    """Wait until every node says that it is active. Raises SetupError naming the one that does not."""
+
+    def wait(condition: Callable[[], bool], what: str) -> None:
+        if not spin_until(evaluator, condition, READY_TIMEOUT_S):
+            raise SetupError(f"graph: expected {what} within {READY_TIMEOUT_S:g} s, found none. Logs: {log_folder}")
+
+    def is_active(client: object) -> bool:
+        answer = client.call_async(GetState.Request())
+        wait(answer.done, f"an answer of {client.srv_name}")
+        return answer.result().current_state.id == State.PRIMARY_STATE_ACTIVE
+
+    for name in nodes:
+        client = evaluator.node.create_client(GetState, f"{name}/get_state")
+        wait(client.service_is_ready, f"node '{name}'")
+        wait(lambda client=client: is_active(client), f"node '{name}' active")
+        evaluator.node.destroy_client(client)
+
+
+def spin_until(evaluator: GraphEvaluator, condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Serve the evaluator's node until `condition` holds; false after the time limit."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end_s:
+            return False
+        evaluator.executor.spin_once(timeout_sec=0.05)
+    return True
+
+
 class DemoRun:
     """Episodes on a running graph. A timer on the evaluator's node calls `check`, whose exceptions end every wait."""
 
@@ -185,7 +214,7 @@ class DemoRun:
 
     def run(self, nodes: list[str], begin_s: float) -> DemoRecord:
         """All episodes of all skills; `begin_s`: monotonic time at which the nodes were started."""
-        self.wait_active(nodes)
+        wait_active(self.evaluator, nodes, self.plan.log_folder)
         skills = choose_skills(self.plan.skills, self.evaluator.wait_ready())
         self._wait(self.tap.is_matched, "pictures of every camera and a sender on every topic")
         run_s = time.monotonic()
@@ -228,30 +257,12 @@ class DemoRun:
             else:
                 LOGGER.warning("%s, episode %d: not every frame arrived, so it was not recorded", skill, index + 1)
 
-    def wait_active(self, nodes: list[str]) -> None:
-        """Wait until every node says that it is active. Raises SetupError naming the one that does not."""
-        for name in nodes:
-            client = self.evaluator.node.create_client(GetState, f"{name}/get_state")
-            self._wait(client.service_is_ready, f"node '{name}'")
-            self._wait(lambda client=client: self._ask_state(client) == State.PRIMARY_STATE_ACTIVE, f"node '{name}' active")
-            self.evaluator.node.destroy_client(client)
-
-    def _ask_state(self, client: object) -> int:
-        answer = client.call_async(GetState.Request())
-        self._wait(answer.done, f"an answer of {client.srv_name}")
-        return answer.result().current_state.id
-
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         if not self._spin_until(condition, READY_TIMEOUT_S):
             raise SetupError(f"graph: expected {what} within {READY_TIMEOUT_S:g} s, found none. Logs: {self.plan.log_folder}")
 
     def _spin_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        end_s = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > end_s:
-                return False
-            self.evaluator.executor.spin_once(timeout_sec=0.05)
-        return True
+        return spin_until(self.evaluator, condition, timeout_s)
 
     def _watch(self) -> None:
         self.check()

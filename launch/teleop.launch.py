@@ -1,0 +1,35 @@
+"""ros2 launch diwa_ros teleop.launch.py [joy_map:=spacemouse] [device:=joy]: joystick driver and teleoperation beside a running graph.
+
+A keyboard needs the terminal itself: ros2 run diwa_ros teleop --ros-args -p source:=keyboard.
+"""
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration, PythonExpression
+from launch_ros.actions import Node
+
+DRIVERS = {"joy": ("joy", "joy_node"), "spacenav": ("spacenav", "spacenav_node")}  # device -> package and executable
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Called by ros2 launch."""
+    arguments = [
+        DeclareLaunchArgument("joy_map", default_value="gamepad", description="gamepad, spacemouse, or a YAML file"),
+        DeclareLaunchArgument("device", default_value="joy", description=f"driver to start: {', '.join(DRIVERS)}, or none"),
+        DeclareLaunchArgument("skill", default_value="", description="what is being shown"),
+        DeclareLaunchArgument("speed", default_value="0.5", description="share of full speed"),
+    ]
+    chosen = LaunchConfiguration("device")
+    drivers = [
+        Node(
+            package=package,
+            executable=executable,
+            remappings=[("spacenav/joy", "joy")],
+            condition=IfCondition(PythonExpression(["'", chosen, f"' == '{device}'"])),
+        )
+        for device, (package, executable) in DRIVERS.items()
+    ]
+    names = ("joy_map", "skill", "speed")
+    teleop = Node(package="diwa_ros", executable="teleop", parameters=[{"source": "joy", **{n: LaunchConfiguration(n) for n in names}}])
+    return LaunchDescription([*arguments, *drivers, teleop])
