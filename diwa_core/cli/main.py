@@ -27,9 +27,11 @@ VERBS = (
     Verb("policy", "clone base policies from demonstrations", "diwa_core.cli.policy"),
     Verb("classifier", "train success classifiers, the reward in imagination, or print how good they are", "diwa_core.cli.classifier"),
     Verb("finetune", "improve a policy in imagination, from recorded data alone", "diwa_core.cli.finetune"),
+    Verb("retrain", "from recorded bags or stores to a better policy of one skill; stopped, it goes on", "diwa_core.cli.retrain"),
     Verb("dppo", "improve a policy in the simulator instead: the online baseline, counted in environment steps", "diwa_core.cli.dppo"),
     Verb("evaluate", "measure success rates in the simulator, without ROS", "diwa_core.cli.evaluate"),
     Verb("demo", "run the skills on the ROS 2 graph in simulation and write a report", "diwa_core.cli.demo"),
+    Verb("loop", "record, retrain and swap on the running graph in simulation, then report before and after", "diwa_core.cli.loop"),
     Verb("card", "print the model card of a folder of checkpoints", "diwa_core.cli.card"),
     Verb("up", "start the ROS 2 graph and stop it again on Ctrl-C", "diwa_core.cli.up"),
 )
