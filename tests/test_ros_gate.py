@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diwa_core.control.limits import Clamp
 from diwa_core.errors import GateError
 from diwa_core.evaluate.rollout import executable
-from diwa_ros.gate import CLAMP_RANGE, Chunk, ChunkGate, State, Watchdog, clamp_actions
+from diwa_ros.gate import Chunk, ChunkGate, ClockCheck, State, Watchdog, clamp_actions
 
 STEP = 33_333_333
 T0 = 1_000 * STEP
@@ -56,6 +57,7 @@ def test_ticks_that_are_not_on_the_grid_take_the_nearest_waypoint(jitter):
     [
         (make_chunk(actions=np.full((4, 7), np.nan)), "nonfinite", "finite"),
         (make_chunk(actions=np.full((4, 7), np.inf)), "nonfinite", "finite"),
+        (make_chunk(actions=np.full((4, 7), 1e6)), "nonfinite", r"at most 10, found 1e\+06"),
         (make_chunk(actions=np.zeros((4, 6))), "shape", r"\(4, 6\)"),
         (make_chunk(actions=np.zeros(27)), "shape", r"\(27,\)"),
         (make_chunk(step=STEP // 2), "shape", "16.7 ms"),
@@ -137,7 +139,7 @@ def test_clamping_equals_the_evaluation_without_ros(rows):
     actions = np.array(rows, np.float32)
     clamped, mask = clamp_actions(actions)
     assert np.array_equal(clamped, executable(actions.copy()))
-    assert np.array_equal(mask == CLAMP_RANGE, (np.abs(actions) > 1).any(axis=1))
+    assert np.array_equal(mask == Clamp.RANGE, (np.abs(actions) > 1).any(axis=1))
 
 
 def test_silence_holds_then_stops_and_only_resume_goes_on():
@@ -199,3 +201,10 @@ def test_commands_are_allowed_only_while_a_stream_is_fresh(events):
         elif event == "resume" and watchdog.state in (State.FAULT, State.USER_STOPPED):
             watchdog.resume()
         assert not watchdog.may_command or now - heard <= 0.3
+
+
+def test_the_clock_check_tells_a_jump_from_a_late_message():
+    clock = ClockCheck(limit_s=0.5)
+    stamps_s, arrivals_s = [100.0, 100.1, 100.2, 95.3, 95.4, 101.0], [7.0, 7.1, 7.5, 7.3, 7.4, 7.5]
+    jumps = [clock.jump_s(round(stamp * 1e9), now) for stamp, now in zip(stamps_s, arrivals_s, strict=True)]
+    assert [round(jump, 1) for jump in jumps] == [0, 0, 0, -4.7, 0, 5.5]

@@ -56,6 +56,8 @@ def start():
     probe, nodes = Probe(), []
 
     def start_node(node_class, **parameters):
+        if node_class is FrankaController:
+            parameters.setdefault("command_sources", probe.node.get_name())
         node = node_class(parameter_overrides=[Parameter(name, value=value) for name, value in parameters.items()])
         nodes.append(node)
         probe.add(node)

@@ -33,7 +33,9 @@ VERBS = (
     Verb("demo", "run the skills on the ROS 2 graph in simulation and write a report", "diwa_core.cli.demo"),
     Verb("loop", "record, retrain and swap on the running graph in simulation, then report before and after", "diwa_core.cli.loop"),
     Verb("card", "print the model card of a folder of checkpoints", "diwa_core.cli.card"),
+    Verb("security", "write SROS 2 policies for a graph", "diwa_core.cli.security"),
     Verb("up", "start the ROS 2 graph and stop it again on Ctrl-C", "diwa_core.cli.up"),
+    Verb("swap", "exchange a policy on the running graph, let it shadow, undo that, or list what happened", "diwa_core.cli.swap"),
 )
 
 

@@ -167,7 +167,6 @@ def read_limits(values: dict[str, Any], contract: Contract) -> MotionLimits:
     if name not in PROFILES:
         raise ConfigError(f"limits.profile: expected one of {', '.join(PROFILES)}, found {name!r}.")
     base = ARMS.get(name) or contract_limits(contract)
-    from_dict(MotionLimits, values, "limits")  # unknown keys and wrong types, in the words of every other configuration
     known = {field.name: getattr(base, field.name) for field in fields(base)}
     limits = from_dict(MotionLimits, known | values, "limits")
     if name in CEILINGS:

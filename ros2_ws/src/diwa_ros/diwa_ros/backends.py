@@ -35,12 +35,16 @@ class Tick:
 class Backend(Protocol):
     """A robot. It calls `on_tick` whenever it wants a command and takes at most one `send` for each tick."""
 
+    LIMITS_MOTION: bool  # it keeps the node's `limits` itself, on every pose it commands; otherwise the controller does, on every action
+
     def send(self, stamp_ns: int, command: Command) -> None:
         """Carry out `command` from `stamp_ns` on, for one step."""
 
 
 class CalvinBackend:
     """The simulated robot behind calvin_bridge."""
+
+    LIMITS_MOTION = False
 
     def __init__(self, node: DiwaNode, contract: Contract, on_tick: Callable[[Tick], None]) -> None:
         self.on_tick = on_tick
@@ -61,6 +65,8 @@ class CalvinBackend:
 
 class DryRunBackend:
     """No robot: a target that follows every command exactly, to try a policy on live cameras."""
+
+    LIMITS_MOTION = False
 
     def __init__(self, node: DiwaNode, contract: Contract, on_tick: Callable[[Tick], None]) -> None:
         self.node, self.contract, self.on_tick = node, contract, on_tick

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
-import numpy as np
 from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction
 from std_srvs.srv import Trigger
 
-from diwa_core.errors import GateError
+from diwa_core.contract import hold_action
+from diwa_core.control.limits import contract_limits, load_limits
+from diwa_core.control.motion import ActionLimiter
+from diwa_core.errors import ConfigError, GateError
+from diwa_ros.access import CommandSource
 from diwa_ros.backends import BACKENDS, Tick
 from diwa_ros.contracts import CONTRACT, MODE, read_contract
 from diwa_ros.diagnostics import ERROR, OK, WARN
-from diwa_ros.gate import Chunk, ChunkGate, Command, DroppedChunk, State, Watchdog
+from diwa_ros.gate import Chunk, ChunkGate, ClockCheck, Command, DroppedChunk, State, Watchdog
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_ns, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
@@ -34,6 +38,9 @@ class FrankaController(DiwaNode):
         Parameter("hold_after_s", 0.3, "Real time: silence of the policy after which the arm holds.", 0.05, 2.0),
         Parameter("stop_after_s", 1.0, "Real time: silence after which only controller/resume goes on.", 0.1, 10.0),
         Parameter("max_chunk_age_s", 0.5, "Chunks of an older observation are dropped.", 0.05, 5.0),
+        Parameter("max_clock_jump_s", 0.5, "Real time: stamps that jump by more than this hold the arm.", 0.05, 10.0),
+        Parameter("limits", "simulation", "Limits of motion: simulation, fer, fr3, or a YAML file (docs/safety.md)."),
+        Parameter("command_sources", "policy", "Nodes that may publish action_chunk, separated by commas; anybody else on that topic holds the arm."),
         Parameter("robot_timeout_s", 1.0, "Real time: a robot silent for this long is disconnected.", 0.1, 60.0),
     )
 
@@ -44,6 +51,8 @@ class FrankaController(DiwaNode):
         self.step_ns = round(1e9 / contract.rate_hz)
         self.gate = ChunkGate(contract.identity, self.step_ns, self.parameters["max_chunk_age_s"])
         self.watchdog = Watchdog(self.parameters["hold_after_s"], self.parameters["stop_after_s"], self.lockstep)
+        self.clock = ClockCheck(self.parameters["max_clock_jump_s"])
+        self.limits = load_limits(self.parameters["limits"], contract)
         self.enabled = self.parameters["start_enabled"]
         self.tick_ns, self.tick_answered, self.tick_s = -1, True, time.monotonic()
         self.sent: dict[int, Command] = {}
@@ -51,8 +60,13 @@ class FrankaController(DiwaNode):
         self.last_status: tuple | None = None
         self.executed_publisher = self.advertise(ExecutedAction, "executed_action", reliable(10))
         self.status_publisher = self.advertise(ControllerStatus, "controller/status", LATCHED)
-        self.listen(ActionChunk, "action_chunk", self.take_chunk, reliable(5))
+        chunks = self.listen(ActionChunk, "action_chunk", self.take_chunk, reliable(5))
+        sources = tuple(name.strip() for name in self.parameters["command_sources"].split(",") if name.strip())
+        if not sources:
+            raise ConfigError("parameter 'command_sources': expected the name of a node, as policy, found none.")
+        self.source = CommandSource(self, chunks.topic_name, sources)
         self.backend = BACKENDS[self.parameters["backend"]](self, contract, self.take_tick)
+        self.limiter = ActionLimiter(contract_limits(contract) if self.backend.LIMITS_MOTION else self.limits, contract)
         for name, action in (("enable", self.enable), ("stop", self.stop_arm), ("resume", self.resume)):
             self.serve(Trigger, f"controller/{name}", action)
         self.repeat(WATCH_S, self.watch)
@@ -66,10 +80,13 @@ class FrankaController(DiwaNode):
         """Hold: the last message sent is the safe one."""
         self.gate.clear()
         if self.watchdog.may_command and not self.tick_answered:
-            hold = np.array([0, 0, 0, 0, 0, 0, self.last_gripper], np.float32)
-            self.backend.send(self.tick_ns, Command(hold, True, 0, "", 0))
+            self.backend.send(self.tick_ns, Command(hold_action(self.last_gripper), True, 0, "", 0))
         self.watchdog.disconnect("the node was deactivated")
         self.publish_status()
+
+    def cleanup(self) -> None:
+        """Let the limiter go: its library complains of objects that outlive the interpreter."""
+        del self.limiter
 
     # -- the robot ---------------------------------------------------------------------------------------------------------------------
 
@@ -79,8 +96,12 @@ class FrankaController(DiwaNode):
         if tick.stamp_ns == self.tick_ns:
             self.repeat_answer(tick)
             return
+        self.check_clock(tick)
+        if tick.executed_is_hold and self.sent_from(tick.stamp_ns - self.step_ns) is None:
+            self.limiter.reset()  # the robot came to rest by itself
         if tick.first_of_episode and tick.stamp_ns > 0:
             self.gate.clear()
+            self.limiter.reset()
             self.watchdog.hear(self.tick_s, ends=True)
         self.publish_executed(tick)
         self.watchdog.connect()
@@ -95,13 +116,23 @@ class FrankaController(DiwaNode):
         if self.tick_answered and self.watchdog.may_command:
             self.backend.send(self.tick_ns, self.sent[self.tick_ns])
 
+    def check_clock(self, tick: Tick) -> None:
+        """Real time: a plan made by another clock is worth nothing."""
+        jump_s = 0.0 if self.lockstep else self.clock.jump_s(tick.stamp_ns, self.tick_s)
+        if jump_s:
+            self.gate.clear()
+            self.sent.clear()
+            self.watchdog.hold("the robot's clock jumped")
+            self.diagnostics.report("clock", WARN, "the robot's clock jumped", jump_s=f"{jump_s:.2f}")
+
     def answer(self) -> None:
-        """Send the command for the present tick as soon as an accepted chunk covers it."""
-        if self.tick_answered or not self.watchdog.may_command:
+        """Send the command for the present tick as soon as an accepted chunk covers it; come to rest when there is to be none."""
+        if self.tick_answered:
             return
-        command = self.gate.command_at(self.tick_ns)
+        command = self.gate.command_at(self.tick_ns) if self.watchdog.may_command else self.braking_command()
         if command is None:
             return
+        command = self.limit(command)
         self.backend.send(self.tick_ns, command)
         self.tick_answered = True
         self.sent[self.tick_ns] = command
@@ -111,23 +142,46 @@ class FrankaController(DiwaNode):
         self.holds += command.hold
         self.command_age_ms = (time.monotonic() - self.tick_s) * 1e3
 
+    def braking_command(self) -> Command | None:
+        """A hold to be limited, while an arm with limits of its own still moves and may not stop within one step."""
+        if self.limiter.is_resting or self.watchdog.state in (State.DISCONNECTED, State.CONNECTING):
+            return None
+        return Command(hold_action(self.last_gripper), True, 0, "", 0)
+
+    def limit(self, command: Command) -> Command:
+        """The command within the limits of motion; one that must not be changed passes as it is."""
+        wanted = hold_action(command.action[6]) if command.hold else command.action
+        action, clamps = self.limiter.limit(wanted)
+        if not clamps:
+            return command
+        self.gate.clamped += 1
+        return replace(command, action=action, hold=False, clamps=command.clamps | int(clamps))
+
     def publish_executed(self, tick: Tick) -> None:
         """Relay what was applied over the step that ended at `tick`, and where it came from."""
         start_ns = tick.stamp_ns - self.step_ns
         message = ExecutedAction(action=tick.executed)
         message.header.stamp = to_time(start_ns)
-        command = next((c for stamp, c in self.sent.items() if abs(stamp - start_ns) <= self.step_ns // 4), None)
+        command = self.sent_from(start_ns)
         if command is not None and not tick.executed_is_hold and not tick.first_of_episode:
             message.source = ExecutedAction.SOURCE_POLICY
             message.observation_stamp = to_time(command.observation_stamp_ns)
             message.checkpoint_id, message.clamps = command.checkpoint_id, command.clamps
         self.executed_publisher.publish(message)
 
+    def sent_from(self, start_ns: int) -> Command | None:
+        """The command of the step that began at `start_ns`."""
+        return next((command for stamp, command in self.sent.items() if abs(stamp - start_ns) <= self.step_ns // 4), None)
+
     # -- the policy --------------------------------------------------------------------------------------------------------------------
 
-    def take_chunk(self, message: ActionChunk) -> None:
+    def take_chunk(self, message: ActionChunk, info: dict) -> None:
         """Check a chunk and splice it in; a refused one leaves the plan as it was."""
         if not (self.enabled and self.watchdog.accepts_chunks):
+            return
+        if not self.source.takes(info["publication_sequence_number"]):
+            self.gate.drops.foreign += 1
+            self.check_source()
             return
         chunk = read_chunk(message)
         try:
@@ -141,8 +195,19 @@ class FrankaController(DiwaNode):
         self.answer()
         self.publish_change()
 
+    def check_source(self) -> None:
+        """Nobody but the named node may publish commands: while somebody else does, the arm is held until controller/resume."""
+        before = self.source.accepted
+        verdict = self.source.look()
+        if verdict.intruder or (before and before != self.source.accepted):
+            self.gate.clear()
+        if verdict.intruder and self.watchdog.state in (State.ACTIVE, State.HOLD):
+            self.watchdog.fault(f"{verdict.text}; call controller/resume")
+        self.diagnostics.report("command source", ERROR if verdict.intruder else OK, verdict.text, **verdict.publishers)
+
     def watch(self) -> None:
         """Rules of silence, of the policy and of the robot."""
+        self.check_source()
         now_s = time.monotonic()
         silent_s = now_s - self.tick_s
         if self.lockstep:
@@ -172,6 +237,8 @@ class FrankaController(DiwaNode):
     def resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Service controller/resume: leave FAULT or USER_STOPPED."""
         try:
+            if self.source.look().intruder:
+                raise GateError(f"resume: {self.source.verdict.text}. End it first; one that was killed is forgotten after a while.")
             self.watchdog.resume()
         except GateError as error:
             response.message = str(error)

@@ -11,10 +11,11 @@ from enum import IntEnum
 import numpy as np
 
 from diwa_core.contract import ACTION_SIZE
+from diwa_core.control.limits import Clamp
 from diwa_core.errors import GateError
 
-CLAMP_RANGE = 1  # as in ExecutedAction.msg
 MAX_HORIZON = 256
+MAX_ACTION = 10.0  # a little outside [-1, 1] is clamped; this far outside is a defect
 
 
 class State(IntEnum):
@@ -44,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Command:
-    """One checked action. action: float32 [A] in [-1, 1] with the gripper exactly -1 or +1; clamps: bit mask of CLAMP_*."""
+    """One checked action. action: float32 [A] in [-1, 1] with the gripper exactly -1 or +1; clamps: bit mask of Clamp."""
 
     action: np.ndarray
     hold: bool
@@ -131,6 +132,8 @@ class ChunkGate:
             self._drop("shape", f"steps of {self.step_ns / 1e6:.1f} ms", f"{chunk.step_ns / 1e6:.1f} ms")
         if not np.isfinite(chunk.actions).all():
             self._drop("nonfinite", "finite actions", "NaN or infinity")
+        if np.abs(chunk.actions).max() > MAX_ACTION:
+            self._drop("nonfinite", f"actions in [-1, 1], at most {MAX_ACTION:g}", f"{np.abs(chunk.actions).max():g}")
         age_ns = now_ns - chunk.stamp_ns
         if age_ns > self.max_age_ns or age_ns < -2 * self.step_ns:
             self._drop("stale", f"an age of 0 to {self.max_age_ns / 1e6:.0f} ms", f"{self._age_ms(chunk, now_ns)} ms")
@@ -145,11 +148,30 @@ class ChunkGate:
 
 
 def clamp_actions(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finite actions [H, A] -> (float32 [H, A] in [-1, 1] with the gripper exactly -1 or +1, CLAMP_* mask [H])."""
+    """Finite actions [H, A] -> (float32 [H, A] in [-1, 1] with the gripper exactly -1 or +1, Clamp mask [H])."""
     clamped = np.clip(actions, -1.0, 1.0).astype(np.float32)
-    mask = np.where((np.abs(actions) > 1.0).any(axis=1), CLAMP_RANGE, 0)
+    mask = np.where((np.abs(actions) > 1.0).any(axis=1), int(Clamp.RANGE), 0)
     clamped[:, 6] = np.where(actions[:, 6] >= 0, 1.0, -1.0)
     return clamped, mask
+
+
+@dataclass
+class ClockCheck:
+    """Notices when the robot's stamps and the monotonic clock disagree about how much time has passed.
+
+    Late messages look like small jumps, there and back; `limit_s` is what a busy machine may delay one.
+    """
+
+    limit_s: float = 0.5
+    offset_s: float | None = None
+
+    def jump_s(self, stamp_ns: int, now_s: float) -> float:
+        """Seconds by which the stamps have jumped at this one; 0 when they have not. `now_s`: when it arrived."""
+        offset_s = stamp_ns / 1e9 - now_s
+        last_s, self.offset_s = self.offset_s, offset_s
+        if last_s is None or abs(offset_s - last_s) <= self.limit_s:
+            return 0.0
+        return offset_s - last_s
 
 
 @dataclass
@@ -201,6 +223,11 @@ class Watchdog:
             self._enter(State.FAULT, f"no action chunk for {self.stop_after_s:g} s; call controller/resume")
         elif silent_s > self.hold_after_s:
             self._enter(State.HOLD, f"no action chunk for {self.hold_after_s:g} s")
+
+    def hold(self, reason: str) -> None:
+        """Hold until the next accepted chunk."""
+        if self.state in (State.ACTIVE, State.HOLD):
+            self._enter(State.HOLD, reason)
 
     def fault(self, reason: str) -> None:
         """Stop until `resume`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import signal
 import sys
@@ -129,6 +130,7 @@ class DiwaNode(LifecycleNode):
     def when_active(self, callback: Callable) -> Callable:
         """Wrap a callback so that it does nothing while the node is not active."""
 
+        @functools.wraps(callback)  # rclpy asks for the signature: a second argument is the message's information
         def call(*arguments: object) -> None:
             if self.active:
                 callback(*arguments)
