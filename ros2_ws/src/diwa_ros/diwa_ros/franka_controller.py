@@ -40,7 +40,7 @@ class FrankaController(DiwaNode):
         Parameter("max_chunk_age_s", 0.5, "Chunks of an older observation are dropped.", 0.05, 5.0),
         Parameter("max_clock_jump_s", 0.5, "Real time: stamps that jump by more than this hold the arm.", 0.05, 10.0),
         Parameter("limits", "simulation", "Limits of motion: simulation, fer, fr3, or a YAML file (docs/safety.md)."),
-        Parameter("command_sources", "policy", "Nodes that may publish action_chunk, separated by commas; anybody else on that topic holds the arm."),
+        Parameter("command_sources", "policy", "Nodes that may publish action_chunk, separated by commas; others hold the arm."),
         Parameter("robot_timeout_s", 1.0, "Real time: a robot silent for this long is disconnected.", 0.1, 60.0),
     )
 
