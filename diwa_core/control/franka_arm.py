@@ -264,10 +264,11 @@ class FrankaArm:
 
     def _read_state(self) -> None:
         state = self._robot.state
-        pose = state.O_T_EE
+        pose, robot_time_s, last = state.O_T_EE, state.time.to_sec(), self.state
+        repeated = last is not None and last.robot_time_s == robot_time_s  # a moving robot that froze: the library gives the last one
         self.state = ArmState(
-            time.monotonic(),
-            state.time.to_sec(),
+            last.time_s if repeated else time.monotonic(),
+            robot_time_s,
             np.concatenate([pose.translation, pose.quaternion]),
             np.array(state.q),
             np.array(state.dq),
@@ -289,6 +290,8 @@ class FrankaArm:
             )
             if self.config.reflex_recovery and not self.recoveries:
                 self._requests.put("recover")
+        elif mode == "Other" and self.phase is not Phase.FAULT:
+            self._abandon(Phase.FAULT, "the robot reports a safety stop or a start-up; see Desk, then call controller/resume")
         elif mode == "Guiding" and self.phase is not Phase.USER_STOPPED:
             self._abandon(Phase.USER_STOPPED, "the arm is being guided by hand; let go and call controller/resume")
 
