@@ -172,6 +172,22 @@ def test_user_stop_survives_chunks_and_reconnection():
     assert watchdog.state == State.USER_STOPPED
 
 
+@pytest.mark.parametrize("stop", [lambda w: w.stop(), lambda w: w.fault("broken")])
+def test_a_stop_survives_a_lost_connection(stop):
+    watchdog = Watchdog()
+    watchdog.connect()
+    stop(watchdog)
+    state, reason = watchdog.state, watchdog.reason
+    watchdog.disconnect("silent")
+    watchdog.disconnect("still silent")
+    watchdog.connect()
+    assert (watchdog.state, watchdog.reason) == (state, reason)
+    watchdog.resume()
+    watchdog.disconnect("silent")
+    watchdog.connect()
+    assert watchdog.state == State.IDLE
+
+
 def test_in_lockstep_silence_is_no_fault():
     watchdog = Watchdog(lockstep=True)
     watchdog.connect()

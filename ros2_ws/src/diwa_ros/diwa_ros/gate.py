@@ -188,6 +188,9 @@ class Watchdog:
     state: State = State.CONNECTING
     reason: str = "waiting for the robot"
     heard_s: float = field(default=0.0)  # last accepted chunk
+    stopped: tuple[State, str] | None = None  # a stop that outlasts a lost connection
+    imposed: bool = False  # the state is the robot's own
+    kept: tuple[State, str] | None = None  # a stop of ours that goes on after the robot's own state has ended
 
     @property
     def accepts_chunks(self) -> bool:
@@ -200,9 +203,10 @@ class Watchdog:
         return self.state == State.ACTIVE
 
     def connect(self) -> None:
-        """The robot answers."""
+        """The robot answers. What had been stopped before it was lost still is."""
         if self.state in (State.DISCONNECTED, State.CONNECTING):
-            self._enter(State.IDLE, "ready")
+            self._enter(*(self.stopped or (State.IDLE, "ready")))
+            self.stopped = None
 
     def hear(self, now_s: float, ends: bool) -> None:
         """A chunk was accepted; `ends`: it was the empty one that ends the stream."""
@@ -238,13 +242,30 @@ class Watchdog:
         self._enter(State.USER_STOPPED, "stopped by controller/stop; call controller/resume")
 
     def resume(self) -> None:
-        """Leave FAULT or USER_STOPPED. Raises GateError in any other state."""
+        """Leave FAULT or USER_STOPPED, now or when the robot's own state ends. Raises GateError in any other state."""
         if self.state not in (State.FAULT, State.USER_STOPPED):
             raise GateError(f"resume: expected FAULT or USER_STOPPED, found {self.state.name}. Nothing to resume.")
-        self._enter(State.IDLE, "ready")
+        self.kept = None
+        if not self.imposed:
+            self._enter(State.IDLE, "ready")
+
+    def impose(self, state: State, reason: str) -> None:
+        """The robot itself is in this state; it lasts until `release`."""
+        if not self.imposed:
+            self.kept = (self.state, self.reason) if self.state in (State.FAULT, State.USER_STOPPED) else None
+        self.imposed = True
+        self._enter(state, reason)
+
+    def release(self) -> None:
+        """The robot takes commands again; a stop from before goes on."""
+        if self.imposed:
+            self.imposed = False
+            self._enter(*(self.kept or (State.IDLE, "ready")))
 
     def disconnect(self, reason: str) -> None:
         """The robot no longer answers or the node ends."""
+        if self.state in (State.FAULT, State.USER_STOPPED):
+            self.stopped = (self.state, self.reason)
         self._enter(State.DISCONNECTED, reason)
 
     def _enter(self, state: State, reason: str) -> None:
