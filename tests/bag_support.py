@@ -19,7 +19,7 @@ STEP_NS = 33_333_333
 
 def frame_image(number: int, size: int = 64) -> np.ndarray:
     """The picture of frame `number` uint8 [size, size, 3]: smooth, so that JPEG keeps it, and different for every frame."""
-    rows, columns = np.mgrid[:size, :size] * (128 // size)
+    rows, columns = np.mgrid[:size, :size] * 128 // size
     return np.stack([rows + number, columns + number, np.full_like(rows, number % 200)], -1).astype(np.uint8)
 
 
@@ -27,13 +27,13 @@ def frame_image(number: int, size: int = 64) -> np.ndarray:
 class FakeBag:
     """Ticks of a graph: what every stream says is known from the number of the tick.
 
-    moves(n): whether the action that led into tick n moved the arm. skip: topic -> ticks without it. stamp_ns(n): when tick n was.
+    compressed: "png" or "jpeg". moves(n): whether the action that led into tick n moved the arm. skip: topic -> ticks without it. stamp_ns(n): when tick n was.
     """
 
     ticks: int = 60
     first: int = 0
     size: int = 64
-    compressed: bool = False
+    compressed: str = ""
     simulated: bool = False
     contract: Contract | None = None
     moves: callable = lambda n: True
@@ -86,7 +86,7 @@ class FakeBag:
             )
         for stream in Contract().images:
             image = self.image(n, self.size) if stream.name == "rgb_static" else self.image(n + 7, self.size)
-            messages[stream.topic + "/compressed" * self.compressed] = self._picture(image, stamp_ns)
+            messages[stream.topic + "/compressed" * bool(self.compressed)] = self._picture(image, stamp_ns)
         names = [*Contract().arm_joints, *Contract().finger_joints]
         joints = np.array([0.01 * n] * 7 + [0.02, 0.02])
         messages["joint_states"] = make(
@@ -103,8 +103,8 @@ class FakeBag:
 
     def _picture(self, image: np.ndarray, stamp_ns: int) -> object:
         if self.compressed:
-            data = cv2.imencode(".png", image[:, :, ::-1])[1].reshape(-1)
-            return make("sensor_msgs/msg/CompressedImage", header=header(stamp_ns), format="png", data=data)
+            data = cv2.imencode(f".{self.compressed}", image[:, :, ::-1])[1].reshape(-1)
+            return make("sensor_msgs/msg/CompressedImage", header=header(stamp_ns), format=self.compressed, data=data)
         height, width = image.shape[:2]
         return make(
             "sensor_msgs/msg/Image",

@@ -82,7 +82,11 @@ class Stream:
 
     def match_nearest(self, stamp_ns: int, reach_ns: int) -> np.ndarray | None:
         """The value whose stamp is nearest, at most `reach_ns` away."""
-        nearest = min(self.samples, key=lambda sample: abs(sample[0] - stamp_ns), default=None)
+        nearest = None
+        for sample in reversed(self.samples):  # ordered by time, and the newest are asked for
+            if nearest is not None and abs(sample[0] - stamp_ns) > abs(nearest[0] - stamp_ns):
+                break
+            nearest = sample
         return nearest[1] if nearest is not None and abs(nearest[0] - stamp_ns) <= reach_ns else None
 
 
@@ -194,8 +198,10 @@ class FrameAligner:
 
     def _assemble(self, stamp_ns: int, image: np.ndarray) -> Frame | None:
         values = {name: self.streams[name].match(stamp_ns, self.max_skew_ns) for name in self.followers}
+        if any(value is None for value in values.values()):
+            return None
         action = self.streams[EXECUTED].match_nearest(stamp_ns, self.half_step_ns * 3 // 2)
-        if action is None or any(value is None for value in values.values()):
+        if action is None:
             return None
         images = {self.images[0]: image, **{name: values[name] for name in self.images[1:]}}
         joints = values[JOINTS]
