@@ -145,14 +145,15 @@ def contract_text(contract: Contract) -> str:
     return yaml.safe_dump(contract.to_dict(), sort_keys=False)
 
 
-def rosbag2_information(file_name: str, topics: list[BagTopic], counts: BagCounts, recording: Recording) -> dict[str, Any]:
-    """The mapping under 'rosbag2_bagfile_information'."""
-    begin, length = {"nanoseconds_since_epoch": counts.begin_ns}, {"nanoseconds": max(0, counts.end_ns - counts.begin_ns)}
+def rosbag2_information(files: list[tuple[str, BagCounts]], topics: list[BagTopic], recording: Recording) -> dict[str, Any]:
+    """The mapping under 'rosbag2_bagfile_information' of a bag of MCAP files (name, what it holds)."""
+    counts = BagCounts(begin_ns=min(each.begin_ns for _, each in files), end_ns=max(each.end_ns for _, each in files))
+    for _, each in files:
+        counts.counts.update({topic: counts.counts.get(topic, 0) + number for topic, number in each.counts.items()})
     return {
         "version": ROSBAG2_VERSION,
         "storage_identifier": "mcap",
-        "duration": length,
-        "starting_time": begin,
+        **_time_span(counts),
         "message_count": counts.total,
         "topics_with_message_count": [
             {
@@ -169,8 +170,8 @@ def rosbag2_information(file_name: str, topics: list[BagTopic], counts: BagCount
         ],
         "compression_format": "",
         "compression_mode": "",
-        "relative_file_paths": [file_name],
-        "files": [{"path": file_name, "starting_time": begin, "duration": length, "message_count": counts.total}],
+        "relative_file_paths": [name for name, _ in files],
+        "files": [{"path": name, **_time_span(each), "message_count": each.total} for name, each in files],
         "custom_data": recording.to_custom_data(),
         "ros_distro": os.environ.get("ROS_DISTRO", "jazzy"),
     }
@@ -184,6 +185,13 @@ def write_metadata(folder: Path, information: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     staging.replace(folder / METADATA)
+
+
+def _time_span(counts: BagCounts) -> dict[str, dict[str, int]]:
+    return {
+        "starting_time": {"nanoseconds_since_epoch": counts.begin_ns},
+        "duration": {"nanoseconds": max(0, counts.end_ns - counts.begin_ns)},
+    }
 
 
 class _RosbagDumper(yaml.SafeDumper):

@@ -125,6 +125,8 @@ class BagWriter:
     def add_episode(self, episode: Episode) -> None:
         """Note a finished episode; the last one finds space even on a full disk."""
         self.recording.episodes.append(episode)
+        self._mcap.flush()  # its record follows its messages, so that whoever reads in order knows whose they are
+        self._count_chunk()
         text = episode.to_yaml()
         self._index_bytes += 3 * len(text)
         self._mcap.add_metadata(EPISODES, {"index": str(episode.index), "outcome": episode.outcome, "yaml": text})
@@ -139,7 +141,7 @@ class BagWriter:
     def close(self) -> Path:
         """Write the index and metadata.yaml; returns the folder. Raises DataError when even that fails: `recover_bag` mends it then."""
         try:
-            information = rosbag2_information(self.path.name, self.topics, self.counts, self.recording)
+            information = rosbag2_information([(self.path.name, self.counts)], self.topics, self.recording)
             self._mcap.add_metadata("rosbag2", {"serialized_metadata": yaml.safe_dump(information, sort_keys=False)})
             self._mcap.finish()
             self._stream.truncate()  # gives the rest of the allocation back
