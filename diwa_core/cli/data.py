@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from diwa_core.cli.progress import stage_progress
-from diwa_core.errors import ConfigError
+from diwa_core.errors import ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-verb each."""
     verbs = parser.add_subparsers(dest="data_verb", metavar="verb", required=True)
     _add_import(verbs.add_parser("import", help="rosbags into a play store; stopped, the same command goes on"))
+    _add_recover(verbs.add_parser("recover", help="make bags whole whose recording was killed"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +58,24 @@ def _run_import(args: argparse.Namespace) -> int:
     before = f" ({report.done} bags were there before)" if report.done else ""
     print(f"{args.out}: {len(report.store.episodes)} episodes, {len(report.store)} frames{before}")
     return 1 if report.refused else 0
+
+
+def _add_recover(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run_data=_run_recover)
+    parser.add_argument("bags", nargs="+", metavar="BAG", help="folder of an MCAP bag; it is mended in place")
+
+
+def _run_recover(args: argparse.Namespace) -> int:
+    from diwa_core.data.bag_recover import recover_bag
+
+    refused = 0
+    for bag in args.bags:
+        try:
+            print(recover_bag(bag).sentence)
+        except DataError as error:
+            print(f"refused: {error}")
+            refused += 1
+    return int(refused > 0)
 
 
 def _list_losses(audit: object) -> list[str]:

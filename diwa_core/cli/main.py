@@ -34,6 +34,7 @@ VERBS = (
     Verb("loop", "record, retrain and swap on the running graph in simulation, then report before and after", "diwa_core.cli.loop"),
     Verb("card", "print the model card of a folder of checkpoints", "diwa_core.cli.card"),
     Verb("security", "write SROS 2 policies for a graph", "diwa_core.cli.security"),
+    Verb("record", "record the running graph into a rosbag, or tell a running recorder what to do", "diwa_core.cli.record"),
     Verb("up", "start the ROS 2 graph and stop it again on Ctrl-C", "diwa_core.cli.up"),
     Verb("swap", "exchange a policy on the running graph, let it shadow, undo that, or list what happened", "diwa_core.cli.swap"),
 )

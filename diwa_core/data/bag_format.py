@@ -131,7 +131,7 @@ class BagCounts:
     @property
     def total(self) -> int:
         """Messages of all topics."""
-        return sum(self.counts.values())
+        return sum(tuple(self.counts.values()))  # a copy: another thread may be counting
 
     def add(self, topic: str, log_ns: int, number: int = 1) -> None:
         """Count messages of a topic, the last one received at `log_ns`."""

@@ -56,10 +56,11 @@ class RecorderSettings:
 
 @dataclass(frozen=True)
 class ClosedBag:
-    """A finished bag. error: why it ended before it was asked to, empty otherwise."""
+    """A finished bag. last: the episode that closing ended; error: why it ended before it was asked to, empty otherwise."""
 
     folder: Path
     episodes: list[Episode]
+    last: Episode | None = None
     error: str = ""
 
 
@@ -108,6 +109,7 @@ class RecordingThread:
         self._episode_dropped: dict[str, int] = {}
         self._ended: list[Future[Episode]] = []  # asked for and not yet answered
         self._last_outcome = UNMARKED
+        self._last: Future[Episode] = Future()  # the episode that closing ends
         self._thread = threading.Thread(target=self._run, name="bag-writer", daemon=True)
         self._thread.start()
 
@@ -159,7 +161,8 @@ class RecordingThread:
         for ended in self._ended:
             if not ended.done():
                 ended.set_exception(DataError(error or f"bag {self.writer.folder}: it was closed."))
-        self.closed.set_result(ClosedBag(self.writer.folder, self.writer.recording.episodes, error))
+        last = self._last.result() if self._last.done() else None
+        self.closed.set_result(ClosedBag(self.writer.folder, self.writer.recording.episodes, last, error))
 
     def _write_until_closed(self) -> None:
         flush_s = time.monotonic() + FLUSH_S
@@ -201,7 +204,7 @@ class RecordingThread:
             with suppress(DataError):
                 action()
         if self.audit.received or dropped:
-            self._end_episode(Future(), time.time_ns(), dropped, self._last_outcome, "", error)
+            self._end_episode(self._last, time.time_ns(), dropped, self._last_outcome, "", error)
         self.writer.close()
 
     def _end_episode(self, ended: Future[Episode], end_ns: int, dropped: dict[str, int], outcome: str, skill: str, note: str) -> None:
@@ -254,6 +257,8 @@ class BagRecorder:
         """Begin a bag and return its folder. Raises DataError when one is being written or the folder cannot be made, DiskFull."""
         if self.recording:
             raise DataError(f"recorder: expected no recording in progress, found {self.recording.writer.folder}. Stop it first.")
+        if name and (Path(name).name != name or name.startswith(".")):
+            raise DataError(f"recorder: expected the name of a folder in {self.settings.folder}, found '{name}'.")
         writer = self._open(name or self._free_name(skill or "bag"), {"skill": skill})
         now_ns = time.time_ns()
         self.recording = RecordingThread(writer, self._audit(), self.settings.queue_bytes, skill)

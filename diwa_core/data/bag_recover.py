@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from struct import error as StructError
 from typing import IO
 
 import yaml
@@ -35,6 +36,7 @@ from mcap.records import (
 )
 from mcap.stream_reader import breakup_chunk
 from mcap.writer import MCAP0_MAGIC
+from zstandard import ZstdError
 
 from diwa_core.data.bag_audit import EpisodeAudit
 from diwa_core.data.bag_format import (
@@ -53,7 +55,10 @@ from diwa_core.errors import DataError, DiwaError
 
 HEADER_BYTES = 9  # opcode and length of a record
 MAX_CHUNK_BYTES = 1 << 30  # of one chunk, unpacked; a damaged length must not take all memory
-DAMAGED = (McapError, DiwaError, ValueError, OverflowError, KeyError, RuntimeError, EOFError, UnicodeDecodeError)
+DAMAGED = (  # what readers of damaged data raise: each library has its own ways
+    *(McapError, DiwaError, ZstdError, StructError, ValueError, OverflowError, KeyError, IndexError, TypeError, AttributeError),
+    *(RuntimeError, EOFError, MemoryError, AssertionError),
+)
 NOTE = "recovered: the recording ended without being closed"
 OURS = (CONTRACT, CHECKPOINTS, EPISODES, RECORDING)
 

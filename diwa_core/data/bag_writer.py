@@ -72,6 +72,7 @@ class BagWriter:
             raise DataError(f"bag {self.folder}: expected a new folder, found one. A bag is never overwritten: name another.") from error
         except OSError as error:
             raise DataError(f"bag {self.folder}: cannot be made: {error}.") from error
+        self.bytes_written = 0  # on the disk so far
         self._allocated, self._pending, self._index_bytes = 0, 0, INDEX_BYTES
         self._channels: dict[str, int] = {}
         self._schemas: dict[str, int] = {}
@@ -87,11 +88,6 @@ class BagWriter:
         self._mcap.add_metadata(CONTRACT, {"identity": contract.identity, "yaml": text})
         self._mcap.add_metadata(RECORDING, self.recording.notes)
         self._sync()
-
-    @property
-    def bytes_written(self) -> int:
-        """On the disk so far."""
-        return self._stream.tell() if not self._stream.closed else self.path.stat().st_size
 
     def add_topic(self, topic: BagTopic) -> None:
         """Make a topic known before its first message. Raises DiskFull."""
@@ -189,6 +185,7 @@ class BagWriter:
     def _sync(self) -> None:
         self._stream.flush()
         os.fdatasync(self._stream.fileno())
+        self.bytes_written = self._stream.tell()
 
     def _discard(self) -> None:
         self._stream.close()

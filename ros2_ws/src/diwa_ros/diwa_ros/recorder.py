@@ -27,7 +27,7 @@ from diwa_core.data.bag_audit import MAX_LOSS, rated_topics
 from diwa_core.data.bag_format import UNMARKED, Episode
 from diwa_core.data.bag_recorder import BagRecorder, ClosedBag, Packet, RecorderSettings
 from diwa_core.data.bag_writer import COMPRESSIONS
-from diwa_core.errors import DiwaError
+from diwa_core.errors import DataError, DiwaError
 from diwa_ros.contracts import CONTRACT, MODE, read_contract
 from diwa_ros.definitions import describe_topic, message_class
 from diwa_ros.diagnostics import ERROR, OK, WARN
@@ -74,7 +74,7 @@ class Recorder(DiwaNode):
     PARAMETERS = (
         CONTRACT,
         MODE,
-        Parameter("folder", "bags", "Folder in which bags are made."),
+        Parameter("folder", "runs/bags", "Folder in which bags are made."),
         Parameter("extra_topics", "", "Further topics, separated by commas; their types come from their publishers."),
         Parameter("compression", "none", "Of MCAP chunks. Images from a camera hardly shrink.", choices=tuple(COMPRESSIONS)),
         Parameter("record_at_start", False, "Start a recording when the node becomes active."),
@@ -251,8 +251,6 @@ class Recorder(DiwaNode):
 
     def begin(self, name: str, skill: str) -> Path:
         """Start a bag. Raises DataError."""
-        if not self.active and not self.parameters["record_at_start"]:
-            raise DiwaError("recorder: expected an active node, found it inactive. Activate it first.")
         folder = self.recorder.start(name, skill)
         self.skill = skill
         self.set_state(RecorderStatus.STATE_RECORDING, f"recording {folder}", str(folder))
@@ -277,8 +275,8 @@ class Recorder(DiwaNode):
             self.diagnostics.report("recording", OK, "closed")
         if self.ended is not None and not self.ended.done():
             self.ended.set_result(bag)
-        if bag.episodes:
-            self.report_episode(bag.episodes[-1])
+        if bag.last:
+            self.report_episode(bag.last)
         self.wake()
 
     def watch(self) -> None:
@@ -322,6 +320,8 @@ class Recorder(DiwaNode):
     def start_recording(self, request: StartRecording.Request, response: StartRecording.Response) -> StartRecording.Response:
         """recorder/start."""
         try:
+            if not self.active:
+                raise DataError("recorder: expected an active node, found it inactive. Activate it first.")
             response.bag = str(self.begin(request.name, request.skill))
             response.success, response.message = True, f"recording {response.bag}"
         except DiwaError as error:
