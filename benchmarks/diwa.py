@@ -43,10 +43,11 @@ PAPER = {
 
 
 class OnlineRun(NamedTuple):
-    """Evaluations of one DPPO run: (environment steps spent, success on validation starts), in order."""
+    """Evaluations of one DPPO run: (environment steps spent, success on validation starts), in order; match: the rate it stopped at."""
 
     path: Path
     evaluations: list[tuple[int, float]]
+    match: float | None = None
 
 
 def read_online_runs(folder: Path) -> dict[str, list[OnlineRun]]:
@@ -57,21 +58,22 @@ def read_online_runs(folder: Path) -> dict[str, list[OnlineRun]]:
     for path in sorted(folder.rglob("metrics.jsonl")):
         skills = [part for part in path.relative_to(folder.parent).parts if part in SKILLS]
         if skills:
-            runs.setdefault(skills[-1], []).append(OnlineRun(path, read_evaluations(path)))
+            runs.setdefault(skills[-1], []).append(OnlineRun(path, *read_evaluations(path)))
     return runs
 
 
-def read_evaluations(path: Path) -> list[tuple[int, float]]:
-    """The rows of a metrics file that were evaluated."""
-    evaluations = []
+def read_evaluations(path: Path) -> tuple[list[tuple[int, float]], float | None]:
+    """The rows of a metrics file that were evaluated, and the rate the run matched (None: it stopped for another reason)."""
+    evaluations, match = [], None
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
             if "validation" in row:
                 evaluations.append((int(row["env_steps"]), float(row["validation"]["value"])))
+                match = float(row["matched"]["rate"]) if "matched" in row else None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: line {number}: expected a row of `diwa dppo`, found {line[:80]!r} ({error}).") from error
-    return evaluations
+    return evaluations, match
 
 
 def steps_to_match(run: OnlineRun, rate: float) -> str:
@@ -82,7 +84,8 @@ def steps_to_match(run: OnlineRun, rate: float) -> str:
     if not run.evaluations:
         return "never evaluated"
     best = max(success for _, success in run.evaluations)
-    return f"> {run.evaluations[-1][0]:,} (best {100 * best:.0f} %)"
+    stopped = "" if run.match is None else f", stopped at --match {run.match:.2f}"
+    return f"> {run.evaluations[-1][0]:,} (best {100 * best:.0f} %{stopped})"
 
 
 def make_table(comparison: Comparison | None, online: dict[str, list[OnlineRun]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import torch
 from diwa_core.contract import Contract
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import CheckpointError, ConfigError, DataError, DiwaError
+from diwa_core.evaluate.rollout import EpisodeResult
+from diwa_core.finetune.candidates import ChoiceQuality, candidate_path, format_choice, measure_choice
 from diwa_core.finetune.offline import FinetuneConfig, Imagination, attempt_windows, demonstration_windows, filter_starts, finetune
 from diwa_core.finetune.ppo import PPOConfig
 from diwa_core.imagination.dream import Dream
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
+from diwa_core.policy.store import save_policy
 from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
 from diwa_core.sim.skills import SKILLS
 from diwa_core.world_model.model import SIZES, WorldModel
@@ -165,6 +169,86 @@ def test_the_judges_choose_among_all_candidates_and_the_base(tmp_path, monkeypat
     unchanged, found = finetune(imagination, policy, FinetuneConfig(PPO, judge_every=2), tmp_path / "harm")
     assert found["iteration"] == 0
     assert all(torch.equal(value, policy.base.state_dict()[name]) for name, value in unchanged.finetuned.state_dict().items())
+
+
+def test_every_candidate_is_kept_with_what_the_judges_said(tmp_path):
+    imagination, kept = make_imagination(), []
+    config = FinetuneConfig(PPO, judge_every=4, judge_episodes=16, report_episodes=16)
+    policy = make_policy(imagination)
+
+    def keep(candidate, judgement):
+        kept.append((judgement, candidate))
+
+    _, found = finetune(imagination, policy, config, tmp_path, keep=keep)
+    judged = [json.loads(line).get("judged") for line in (tmp_path / "metrics.jsonl").open()]
+    assert [judgement["iteration"] for judgement, _ in kept] == [0, 4, 6]
+    assert [judgement["judged"] for judgement, _ in kept][1:] == [judged[3], judged[5]]
+    assert found["iteration"] == max(kept, key=lambda pair: (pair[0]["judged"], pair[0]["iteration"]))[0]["iteration"]
+    again = len(kept)
+    finetune(imagination, policy, config, tmp_path, keep=keep)
+    assert len(kept) == again  # a finished run has no further candidates
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
+    imagination = make_imagination()
+    config = FinetuneConfig(PPO, judge_every=2, judge_episodes=8, report_episodes=8)
+    finetune(imagination, make_policy(imagination), config, tmp_path, made_from={"classifier": "a"})
+    with pytest.raises(ConfigError, match=r"made_from.classifier = a, now made_from.classifier = b"):
+        finetune(imagination, make_policy(imagination), config, tmp_path, made_from={"classifier": "b"})
+
+
+def test_autocast_is_for_learning_and_judges_stay_exact(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Dream):
+        def _imagine(self, action):
+            seen.append((self.batch, torch.is_autocast_enabled("cpu")))
+            super()._imagine(action)
+
+    monkeypatch.setattr("diwa_core.finetune.offline.Dream", Watched)
+    imagination = make_imagination()
+    config = FinetuneConfig(replace(PPO, iterations=1), judge_episodes=8, report_episodes=8, autocast=True)
+    finetune(imagination, make_policy(imagination), config, tmp_path)
+    assert set(seen) == {(PPO.batch, True), (8, False)}
+
+
+def test_the_quality_of_a_choice_by_hand():
+    success = np.array([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    found = ChoiceQuality.measure("run", "open_drawer", [0, 10, 20], [0.2, 0.6, 0.6], success)
+    assert (found.chosen, found.best, found.real) == (2, 1, [0.25, 0.75, 0.5])
+    assert found.regret == found.last_regret == 0.25
+    # starts 0, 2: rates .5, 1, .5, so candidate 1, on 1, 3: .5 - .5; starts 1, 3: 0, .5, .5, so candidate 1, on 0, 2: 1 - .5
+    assert found.fair_regret == 0.25
+    assert found.rank_correlation == pytest.approx(np.sqrt(3) / 2)
+    assert ChoiceQuality.measure("run", "open_drawer", [0, 10], [0.5, 0.5], success[:2]).rank_correlation is None
+
+
+def test_candidates_of_runs_are_tried_on_validation_starts_and_not_twice(tmp_path):
+    def run(plans, report):
+        for plan in plans:
+            tried.append(plan)
+            report(plan, EpisodeResult(plan.skill, plan.index % 4 < int(Path(plan.policy).name) // 10 + 1, 30, np.zeros(24)))
+
+    tried, policy = [], make_policy(make_imagination())
+    for name, judged in (("a", (0.1, 0.2, 0.3)), ("b", (0.3, 0.2, 0.1))):
+        for i, value in enumerate(judged):
+            torch.manual_seed(i + 10 * len(name))
+            candidate = policy.add_finetuned(2)
+            torch.nn.init.normal_(next(candidate.finetuned.parameters()))
+            card = {"iteration": 10 * i, "judged": value}
+            save_policy(candidate_path(tmp_path / name, 10 * i), candidate, Contract(), "open_drawer", "w" * 64, {"run": name}, card)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    first, second = measure_choice(runs, tmp_path / "journal", run, starts=8)
+    assert {(plan.split, plan.skill) for plan in tried} == {("validation", "open_drawer")} and len(tried) == 3 * 8  # equal weights: once
+    assert first.real == second.real == [0.25, 0.5, 0.75]
+    assert (first.chosen, first.rank_correlation, first.regret) == (2, pytest.approx(1), 0)
+    assert (second.chosen, second.rank_correlation, second.regret) == (0, pytest.approx(-1), 0.5)
+    assert measure_choice(runs, tmp_path / "journal", run, starts=8) == [first, second] and len(tried) == 3 * 8
+    assert "2 runs, rank correlation +0.00 of 2; regret 25.0" in format_choice([first, second])
+    with pytest.raises(DataError, match="at least 2 kept candidates, found 0"):
+        measure_choice([tmp_path], tmp_path / "journal", run)
+    with pytest.raises(ConfigError, match="at least 2 starts"):
+        measure_choice(runs, tmp_path / "journal", run, starts=1)
 
 
 def test_learning_that_breaks_down_keeps_the_last_good_state(tmp_path):

@@ -198,14 +198,17 @@ def test_a_killed_run_continues_bit_for_bit_until_its_budget_is_spent(tmp_path: 
     assert stopped == expected
 
 
-def test_a_run_stops_at_its_target_and_knows_it_when_started_again(tmp_path: Path) -> None:
-    budget = OnlineBudget(evaluate_every=1, target=0.8)
+def test_a_run_stops_at_the_match_point_and_knows_it_when_started_again(tmp_path: Path) -> None:
+    budget = OnlineBudget(evaluate_every=1, match=0.8)
     last, _ = run_online(tmp_path, budget, rates=(0.2, 0.5, 0.9))
     assert last["iteration"] == 1 and last["validation"]["value"] == 0.9
+    assert last["matched"] == {"rate": 0.8, "env_steps": 70} and "matched" not in rows(tmp_path)[1]
     again, _ = run_online(tmp_path, budget, rates=(0.0,))
     assert again == last and len(rows(tmp_path)) == 3
     with pytest.raises(ConfigError, match="evaluate_every 0"):
-        OnlineBudget(evaluate_every=0, target=0.8)
+        OnlineBudget(evaluate_every=0, match=0.8)
+    with pytest.raises(ConfigError, match="found 80"):
+        OnlineBudget(match=80)
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder; becomes OUT/policies/<skill>")
     parser.add_argument("--run-dir", required=True, help="metrics and state; a killed run continues from it")
     parser.add_argument("--env-steps", type=int, default=200_000, help="budget of simulator steps, warm-ups included")
-    parser.add_argument("--target", type=float, help="stop when success on validation starts reaches this rate (0 to 1)")
+    parser.add_argument(
+        "--match", type=float, metavar="RATE", help="stop when success on validation starts reaches this rate (0 to 1), and note the steps"
+    )
     parser.add_argument("--iterations", type=int, help="stop after so many, whatever is left of the budget")
     parser.add_argument("--batch", type=int, default=24, help="play tables in parallel")
     parser.add_argument("--chunks", type=int, help="chunks per table and iteration")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     model, world = load_world_model(args.world_model)
     policy, base = load_policy(args.policy, world_model_id=world.identity)
     skill = base.config["skill"]
-    budget = OnlineBudget(args.env_steps, args.iterations, args.evaluate_every, args.episodes, args.target)
+    budget = OnlineBudget(args.env_steps, args.iterations, args.evaluate_every, args.episodes, args.match)
     chosen = {name: getattr(args, name) for name in ("batch", "chunks", "bc_scale", "actor_rate")}
     config = replace(PPOConfig(), **{name: value for name, value in chosen.items() if value is not None})
     ppo = {name: value for name, value in to_dict(config).items() if name != "iterations"}  # the budget decides, and may grow
@@ -70,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     with SimulatorEnv(model, skill, config.batch, args.workers, args.seed, policy.config.horizon) as env:
         learner = DenoisingPPO(policy, env, config, args.seed)
         last = finetune_online(learner, args.run_dir, budget, validate, report)
-    card = {"env_steps": last["env_steps"], "budget": asdict(budget), "validation": last.get("validation")}
+    card = {"env_steps": last["env_steps"], "budget": asdict(budget), "validation": last.get("validation"), "matched": last.get("matched")}
     lineage |= {"env_steps": last["env_steps"], "iterations": learner.iteration}
     identity = save(Path(args.out) / "policies" / skill, learner.policy, card)
     measured = last.get("validation")
     rate = f", success {measured['value']:.2f} on {measured['episodes']} validation starts" if measured else ""
-    logger.info("%s: %d environment steps%s, identity %s", skill, last["env_steps"], rate, identity[:16])
+    reached = "" if args.match is None else f", {'reached' if 'matched' in last else 'did not reach'} {args.match:.2f}"
+    logger.info("%s: %d environment steps%s%s, identity %s", skill, last["env_steps"], rate, reached, identity[:16])
     return 0

@@ -19,9 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("BASE", "FINETUNED"),
         help="compare two such folders on the same starts with the same noise; again for each further training seed",
     )
+    asked.add_argument(
+        "--candidates",
+        nargs="+",
+        metavar="RUN_DIR",
+        help="all candidates of `diwa finetune --keep-candidates` runs: how close the choice without the simulator came to the best",
+    )
     parser.add_argument("--skills", nargs="*", default=[], help="default: every skill that has a (fine-tuned) policy")
     parser.add_argument("--episodes", type=int, default=100, help="starts per skill")
-    parser.add_argument("--split", default="evaluation", choices=("train", "validation", "evaluation"), help="list of start states")
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "evaluation"),
+        help="list of start states (default: evaluation; with --candidates always validation)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the policy's noise; the starts stay the same, so runs are paired")
     parser.add_argument("--workers", type=int, help="default: one per core")
     parser.add_argument("--record", help="play store to write the episodes to: for the replay test, or to refit the world model")
@@ -29,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         help="JSON file for the outcomes; with --pair a folder (default reports/diwa) for comparison.json, report.html and episodes.jsonl, "
-        "which keeps finished episodes: the same command goes on where it was stopped",
+        "which keeps finished episodes: the same command goes on where it was stopped; with --candidates (default reports/choice) likewise",
     )
 
 
@@ -39,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.episodes < 1:
         raise ConfigError(f"--episodes: expected at least 1, found {args.episodes}.")
+    if args.candidates:
+        return run_candidates(args)
+    args.split = args.split or "evaluation"
     if not args.pair:
         return run_single(args)
     if args.record:
@@ -88,6 +101,34 @@ def run_pairs(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_candidates(args: argparse.Namespace) -> int:
+    """The quality of the choice: JSON and one line per run."""
+    from dataclasses import asdict
+
+    from diwa_core.cli.progress import stage_progress
+    from diwa_core.errors import ConfigError
+    from diwa_core.evaluate.evaluation import evaluate
+    from diwa_core.finetune.candidates import format_choice, measure_choice
+
+    if args.split not in (None, "validation") or args.record or args.write_card or args.skills:
+        raise ConfigError("--candidates: expected validation starts and neither --record, --write-card nor --skills. Leave them out.")
+    folder = Path(args.out or "reports/choice")
+    with stage_progress() as progress:
+        results = measure_choice(
+            args.candidates,
+            folder / "episodes.jsonl",
+            lambda plans, report: evaluate(args.world_model, plans, args.workers, report),
+            args.episodes,
+            noise_seed=args.seed,
+            progress=lambda done, total: progress("episodes", done / total),
+        )
+    rows = {"split": "validation", "starts": args.episodes, "noise_seed": args.seed, "runs": [asdict(result) for result in results]}
+    (folder / "choice.json").write_text(json.dumps(rows, indent=1))
+    print(format_choice(results))
+    print(f"{args.episodes} validation starts; {folder / 'choice.json'} holds the figures.")
+    return 0
+
+
 def run_single(args: argparse.Namespace) -> int:
     """One folder of policies."""
     from rich.console import Console
@@ -113,7 +154,7 @@ def run_single(args: argparse.Namespace) -> int:
     with stage_progress() as progress:
 
         def count(plan, result) -> None:
-            if store:
+            if store is not None:  # an empty store is false
                 append_rollout(store, result)
             done[0] += 1
             progress("episodes", done[0] / len(plans))
@@ -137,7 +178,7 @@ def run_single(args: argparse.Namespace) -> int:
             for p, r in zip(plans, results, strict=True)
         ]
         Path(args.out).write_text(json.dumps({"split": args.split, "seed": args.seed, "episodes": rows}, indent=1))
-    if store:
+    if store is not None:
         console.print(f"{len(plans)} episodes, {count_steps(store)} environment steps in {args.record}")
     return 0
 

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store of demonstrations: the skill's own that were not cloned begin in the starts to judge on, all others in the starts to "
         "learn on, unless the skill is already done there",
     )
+    parser.add_argument(
+        "--learn", type=int, help="how many of the skill's own demonstrations are starts to learn on (default: as many as were cloned)"
+    )
     parser.add_argument("--play", nargs="*", default=[], help="play stores: successful attempts at the skill begin in starts, too")
     parser.add_argument("--starts", type=int, default=200, help="attempts used of each play store")
     parser.add_argument(
@@ -47,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="dreams in parallel")
     parser.add_argument("--judge-episodes", type=int, help="dreams that judge a candidate")
     parser.add_argument("--report-episodes", type=int, help="fresh dreams that measure the base policy and the chosen candidate")
+    parser.add_argument("--autocast", action="store_true", help="dreams to learn in run in bfloat16: faster on a GPU; judging does not")
+    parser.add_argument(
+        "--keep-candidates", action="store_true", help="keep every judged candidate in RUN_DIR/candidates, for `diwa evaluate --candidates`"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from diwa_core.cli.progress import stage_progress
     from diwa_core.evaluate.recording import spent_steps
+    from diwa_core.finetune.candidates import candidate_path
     from diwa_core.finetune.offline import FinetuneConfig, Imagination, finetune
     from diwa_core.finetune.ppo import PPOConfig
     from diwa_core.policy.store import load_policy, save_policy
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     classifier, judge = load_classifier(args.classifier, world_model_id=world.identity, skill=skill)
     if args.threshold is not None:
         classifier.threshold.fill_(args.threshold)
-    starts, judge_starts = start_banks(models, classifier, args, skill, base.lineage["episodes"])
+    starts, judge_starts = start_banks(models, classifier, args, skill, base.lineage["episodes"] if args.learn is None else args.learn)
     judges = args.judges or [i for i in range(len(models)) if i not in args.drivers] or args.drivers
     imagination = Imagination(
         models, classifier.to(args.device), starts, judge_starts, tuple(args.drivers), tuple(judges), args.misplaced_mm / 1000
@@ -84,16 +92,8 @@ def run(args: argparse.Namespace) -> int:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
     ppo = replace(PPOConfig(), **given("iterations", "bc_scale", "actor_rate", "finetuned_steps", "batch"))
-    config = FinetuneConfig(ppo=ppo, seed=args.seed, **given("judge_episodes", "report_episodes"))
-    with stage_progress() as progress:
-
-        def report(metrics: dict) -> None:
-            progress(skill, (metrics["iteration"] + 1) / ppo.iterations)
-            if "judged" in metrics:
-                logger.info("%s %s", skill, {key: round(value, 4) for key, value in metrics.items()})
-
-        tuned, found = finetune(imagination, policy.to(args.device), config, args.run_dir, report, lambda: time.monotonic() - began > limit_s)
-    lineage = {
+    config = FinetuneConfig(ppo=ppo, seed=args.seed, autocast=args.autocast, **given("judge_episodes", "report_episodes"))
+    made_from = {
         "base": base.identity,
         "classifier": judge.identity,
         "world_models": [checkpoint.identity for _, checkpoint in loaded],
@@ -101,13 +101,33 @@ def run(args: argparse.Namespace) -> int:
         "judges": judges,
         "threshold": classifier.threshold.item(),
         "misplaced_mm": args.misplaced_mm,
+    }
+    lineage = {
+        **made_from,
         "finetuning": asdict(config),
         "environment_steps": sum(spent_steps([], *(checkpoint.lineage for _, checkpoint in loaded)).values()),  # on refits
         "code_version": __version__,
     }
+
+    def save(path: Path, tuned, card: dict) -> str:
+        return save_policy(path, tuned, world.contract, skill, world.identity, lineage, card, half=True)
+
+    def keep(candidate, judgement: dict) -> None:
+        if args.keep_candidates:
+            save(candidate_path(args.run_dir, judgement["iteration"]), candidate, judgement)
+
+    with stage_progress() as progress:
+
+        def report(metrics: dict) -> None:
+            progress(skill, (metrics["iteration"] + 1) / ppo.iterations)
+            if "judged" in metrics:
+                logger.info("%s %s", skill, {key: round(value, 4) for key, value in metrics.items()})
+
+        is_over = lambda: time.monotonic() - began > limit_s  # noqa: E731
+        tuned, found = finetune(imagination, policy.to(args.device), config, args.run_dir, report, is_over, keep, made_from)
     card = {**found, "starts": "beginnings of demonstrations that were not cloned"}
     card["start_counts"] = {"judged": len(judge_starts[0].h), "learned": len(starts[0].h)}
-    identity = save_policy(args.out, tuned.cpu(), world.contract, skill, world.identity, lineage, card, half=True)
+    identity = save(Path(args.out), tuned.cpu(), card)
     logger.info("%s: %s -> %s, identity %s", skill, found, Path(args.out), identity[:16])
     return 0
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -212,15 +212,37 @@ def compare_policies(
     """
     policies = _load_sides(pairs, skills)
     (world_model,) = {checkpoint.lineage["world_model"] for checkpoint in policies.values()}
+    sides = {}
+    for key, outcomes in run_missing(policies, journal, run, starts, split, noise_seed, max_steps, progress).items():
+        success, steps = [outcome.success for outcome in outcomes], [outcome.steps for outcome in outcomes]
+        sides[key] = Side(str(policies[key].path), policies[key].identity, success, steps)
+    rows = [
+        SkillComparison(skill, [_seed_result(policies, sides, skill, number) for number in range(len(pairs))])
+        for skill in dict.fromkeys(skill for skill, _, _ in policies)
+    ]
+    return Comparison(world_model, split, noise_seed, starts, max_steps, rows, runner)
+
+
+def run_missing(
+    policies: dict[Any, Checkpoint],
+    journal: str | Path,
+    run: Runner,
+    starts: int,
+    split: str,
+    noise_seed: int = 0,
+    max_steps: int = MAX_STEPS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Any, list[Outcome]]:
+    """Outcomes [N] of each of `policies` on the first starts of its skill; what `journal` holds is not run again."""
     plans = {
         key: [
-            (EpisodeKey(world_model, checkpoint.identity, plan.skill, split, plan.list_seed, plan.index, plan.noise_seed, max_steps), plan)
-            for plan in plan_episodes(key[0], checkpoint.path, starts, split, noise_seed, max_steps=max_steps)
+            (episode_key(policy, plan), plan)
+            for plan in plan_episodes(policy.config["skill"], policy.path, starts, split, noise_seed, max_steps=max_steps)
         ]
-        for key, checkpoint in policies.items()
+        for key, policy in policies.items()
     }
     finished = Journal(journal)
-    wanted = {key: plan for episodes in plans.values() for key, plan in episodes}  # a base that two pairs share runs once
+    wanted = {key: plan for episodes in plans.values() for key, plan in episodes}  # a policy that is there twice runs once
     missing = {plan: key for key, plan in wanted.items() if key not in finished.outcomes}
 
     def report(plan: EpisodePlan, result: Outcome) -> None:
@@ -229,16 +251,13 @@ def compare_policies(
 
     if missing:
         run(list(missing), report)
-    sides = {}
-    for key, episodes in plans.items():
-        outcomes = [finished.outcomes[episode] for episode, _ in episodes]
-        success, steps = [outcome.success for outcome in outcomes], [outcome.steps for outcome in outcomes]
-        sides[key] = Side(str(policies[key].path), policies[key].identity, success, steps)
-    rows = [
-        SkillComparison(skill, [_seed_result(policies, sides, skill, number) for number in range(len(pairs))])
-        for skill in dict.fromkeys(skill for skill, _, _ in policies)
-    ]
-    return Comparison(world_model, split, noise_seed, starts, max_steps, rows, runner)
+    return {key: [finished.outcomes[episode] for episode, _ in episodes] for key, episodes in plans.items()}
+
+
+def episode_key(policy: Checkpoint, plan: EpisodePlan) -> EpisodeKey:
+    """What decides the outcome of `plan` with `policy`."""
+    decides = (plan.skill, plan.split, plan.list_seed, plan.index, plan.noise_seed, plan.max_steps)
+    return EpisodeKey(policy.lineage["world_model"], policy.identity, *decides)
 
 
 def _load_sides(pairs: Sequence[tuple[str | Path, str | Path]], skills: Sequence[str]) -> dict[tuple[str, int, str], Checkpoint]:

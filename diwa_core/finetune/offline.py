@@ -37,13 +37,17 @@ MAX_CHUNKS = 18  # 72 steps
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """`judge_every`: iterations between two candidates; `judge_episodes`: dreams that judge a candidate."""
+    """`judge_every`: iterations between two candidates; `judge_episodes`: dreams that judge a candidate.
+
+    autocast: dreams to learn in run in bfloat16; judging stays in float32, as deployment.
+    """
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
     judge_every: int = 10
     judge_episodes: int = 384
     report_episodes: int = 1024  # fresh dreams that measure the base policy and the chosen candidate
     seed: int = 1
+    autocast: bool = False
 
 
 @dataclass
@@ -62,9 +66,9 @@ class Imagination:
     judges: tuple[int, ...] = (0,)
     misplaced_m: float = 0.0  # while learning
 
-    def dream(self, batch: int, seed: int) -> Dream:
+    def dream(self, batch: int, seed: int, autocast: bool = False) -> Dream:
         """A batch of dreams to learn in."""
-        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, self.drivers, self.misplaced_m)
+        return Dream(self.models, self.classifier, self.starts, batch, MAX_CHUNKS, seed, self.drivers, self.misplaced_m, autocast)
 
     @torch.no_grad()
     def success(self, policy: DiffusionPolicy, episodes: int, seed: int = 0, drivers: tuple[int, ...] | None = None) -> float:
@@ -142,22 +146,29 @@ def finetune(
     config: FinetuneConfig,
     run_dir: str | Path,
     report: Callable[[dict], None] = lambda metrics: None,
+    is_over: Callable[[], bool] = lambda: False,
+    keep: Callable[[DiffusionPolicy, dict], None] = lambda candidate, judgement: None,
+    made_from: dict | None = None,
 ) -> tuple[DiffusionPolicy, dict]:
     """Denoising PPO in imagination; returns the candidate that the judges found best, and what was imagined of it.
 
+    is_over is asked before every iteration: the time is up, choose among the candidates that there are. keep(candidate, {"iteration",
+    "judged"}) is given every candidate, the base included. made_from: what else (identities) a run that goes on must have been begun with.
     A killed run in `run_dir` goes on where it stopped, bit for bit. Candidate 0 is the base policy: a run that only does harm in the
     judges' eyes returns it unchanged. Raises DiwaError when learning breaks down; the last good state is kept.
     """
     run_dir = Path(run_dir)
-    guard_run(run_dir, asdict(config))
-    learner = DenoisingPPO(policy, imagination.dream(config.ppo.batch, config.seed), config.ppo, config.seed)
+    guard_run(run_dir, asdict(config) | {"made_from": made_from or {}})
+    learner = DenoisingPPO(policy, imagination.dream(config.ppo.batch, config.seed, config.autocast), config.ppo, config.seed)
     state_path = run_dir / "learner.tar"
     choice = _Choice(policy, learner, imagination, config)
     if state_path.exists():
         choice.load(load_learner(state_path, learner), run_dir)
         logger.info("resumed %s at iteration %d", run_dir, learner.iteration)
+    else:
+        keep(learner.policy, choice.meta())
     with open_metrics(run_dir, learner.iteration) as log:
-        while learner.iteration < config.ppo.iterations:
+        while learner.iteration < config.ppo.iterations and not is_over():
             metrics = {"iteration": learner.iteration, **learner.iterate()}
             if not all(np.isfinite(value) for value in metrics.values()):
                 raise DiwaError(
@@ -166,6 +177,7 @@ def finetune(
                 )
             if learner.iteration % config.judge_every == 0 or learner.iteration == config.ppo.iterations:
                 metrics["judged"] = choice.consider(run_dir)
+                keep(learner.policy, {"iteration": learner.iteration, "judged": metrics["judged"]})
                 save_learner(state_path, learner, choice.meta())
             log.write(json.dumps(metrics) + "\n")
             log.flush()

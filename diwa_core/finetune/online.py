@@ -166,11 +166,13 @@ class OnlineBudget:
     iterations: int | None = None
     evaluate_every: int = 10  # iterations; 0: never
     episodes: int = 50  # of one evaluation
-    target: float | None = None  # success rate at which to stop
+    match: float | None = None  # success rate at which to stop
 
     def __post_init__(self) -> None:
-        if self.target is not None and not self.evaluate_every:
-            raise ConfigError("target: expected evaluations that can reach it, found evaluate_every 0. Set it to a number of iterations.")
+        if self.match is not None and not 0 < self.match <= 1:
+            raise ConfigError(f"match: expected a success rate above 0 and at most 1, found {self.match}.")
+        if self.match is not None and not self.evaluate_every:
+            raise ConfigError("match: expected evaluations that can reach it, found evaluate_every 0. Set it to a number of iterations.")
 
 
 def validation_success(world_model: str | Path, policy: str | Path, skill: str, episodes: int, workers: int = 2) -> dict[str, float]:
@@ -186,10 +188,11 @@ def finetune_online(
     validate: Callable[[DiffusionPolicy], dict[str, float]],
     report: Callable[[dict], None] = lambda row: None,
 ) -> dict:
-    """Run or resume `learner`, whose environment is a SimulatorEnv, until the budget is spent or the target reached; returns the last row.
+    """Run or resume `learner`, whose environment is a SimulatorEnv, until the budget is spent or `match` is reached; returns the last row.
 
     Writes metrics.jsonl, one row per iteration (iteration -1: the base policy), and the state that a killed run resumes from.
-    validate: see `validation_success`; its `value` is compared with the target. Raises DiwaError when learning breaks down; the state on
+    The row that reached `match` holds "matched": the rate and the environment steps it took.
+    validate: see `validation_success`; its `value` is compared with `match`. Raises DiwaError when learning breaks down; the state on
     disk is then that of the last good iteration.
     """
     path = Path(run_dir) / "learner.tar"
@@ -212,7 +215,11 @@ def _next_row(learner: DenoisingPPO, budget: OnlineBudget, validate: Callable, b
         raise DiwaError(f"DPPO: expected finite metrics after {learner.iteration} iterations, found {metrics}. Lower actor_rate.")
     row = {"iteration": learner.iteration - 1, "env_steps": learner.env.env_steps, "seconds": time.monotonic() - start, **metrics}
     due = budget.evaluate_every and (learner.iteration % budget.evaluate_every == 0 or _spent(learner, budget))
-    return row | {"validation": validate(learner.policy)} if due else row
+    if due:
+        row["validation"] = validate(learner.policy)
+        if budget.match is not None and row["validation"]["value"] >= budget.match:
+            row["matched"] = {"rate": budget.match, "env_steps": row["env_steps"]}
+    return row
 
 
 def _spent(learner: DenoisingPPO, budget: OnlineBudget) -> bool:
@@ -220,5 +227,5 @@ def _spent(learner: DenoisingPPO, budget: OnlineBudget) -> bool:
 
 
 def _finished(learner: DenoisingPPO, budget: OnlineBudget, row: dict) -> bool:
-    reached = budget.target is not None and "validation" in row and row["validation"]["value"] >= budget.target
+    reached = budget.match is not None and "validation" in row and row["validation"]["value"] >= budget.match
     return reached or _spent(learner, budget)
