@@ -8,7 +8,10 @@ import time
 import numpy as np
 import torch
 from diwa_interfaces.msg import ExecutedAction, LatentState
+from diwa_interfaces.srv import SwapWorldModel
 from geometry_msgs.msg import PoseStamped
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.publisher import Publisher
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
@@ -23,6 +26,10 @@ from diwa_ros.images import load_reader
 from diwa_ros.messages import CAMERA, reliable, to_float32, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
+from diwa_ros.policy_store import Refusal
+from diwa_ros.worker import Worker
+
+WARM_UP_FRAMES, TIMED_FRAMES = 3, 7
 
 
 class Encoder(DiwaNode):
@@ -46,25 +53,36 @@ class Encoder(DiwaNode):
         Parameter("frozen_motion_m", 0.05, "How far the hand must have moved over the table meanwhile; 0 for real cameras.", 0.0, 1.0),
     )
 
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.worker = Worker(self)
+        self.create_service(
+            SwapWorldModel, "encoder/world_model", self.swap_world_model, callback_group=ReentrantCallbackGroup()
+        )  # answers in every state
+
     def configure(self) -> None:
         """Load the world model and subscribe. Raises ConfigError or CheckpointError."""
         if not self.parameters["world_model"]:
             raise ConfigError("parameter 'world_model': expected the path of a checkpoint, found nothing. Set it in the launch file.")
         torch.set_num_threads(self.parameters["threads"])
-        self.filter = LatentFilter.load(self.parameters["world_model"], self.parameters["device"])
+        self.filter, self.filter_ms = load_filter(self.parameters["world_model"], self.parameters["device"])
         if self.filter.model.config.scene_size:
             raise ConfigError("parameter 'world_model': expected one that sees cameras, found one that reads the simulator's scene state.")
+        self.paths = {self.filter.identity: self.parameters["world_model"]}
+        self.other: LatentFilter | None = None  # prepared or previous
+        self.other_filters = False  # whether it filters every frame too
+        self.commits = False  # whether it takes over at the next frame for which it is warm
         self.contract = self.filter.contract
         names = ("max_skew_s", "stream_timeout_s", "frozen_frames", "frozen_motion_m")
         self.aligner = FrameAligner(self.contract, *(self.parameters[name] for name in names))
         self.done_ns = 0
         self.last_latent: LatentState | None = None
         self.topics = {name: source.topic for name, source in list_sources(self.contract).items()}
-        self.warm_up()
         read_image, reader = load_reader()
         self.samples = SampleReader(self.contract, read_image)
         self.get_logger().info(reader)
         self.latent_publisher = self.advertise(LatentState, "latent", reliable(1))
+        self.candidate_publisher = self.advertise(LatentState, "latent/candidate", reliable(10))
         camera_qos = CAMERA if self.parameters["camera_qos"] == "sensor_data" else reliable(5)
         for stream in self.contract.images:
             self.listen(Image, stream.topic, self.make_image_callback(stream), camera_qos)
@@ -72,14 +90,6 @@ class Encoder(DiwaNode):
             self.listen(message_type, self.topics[name], lambda message, name=name: self.take(name, message), reliable(10))
         self.serve(Trigger, "encoder/reset", self.reset)
         self.repeat(0.1, self.check_streams)
-
-    def warm_up(self) -> None:
-        """Filter a few dark frames: the first calls of a model are slow."""
-        images = {stream.name: np.zeros((stream.height, stream.width, 3), np.uint8) for stream in self.contract.images}
-        dark = Observation(images, np.zeros(ROBOT_OBS_SIZE), np.zeros(TARGET_POSE_SIZE))
-        for frame in range(5):
-            self.filter.update(dark, hold_action(1.0) if frame else None)
-        self.filter.reset()
 
     # -- inputs ------------------------------------------------------------------------------------------------------------------------
 
@@ -120,19 +130,27 @@ class Encoder(DiwaNode):
         """Filter one frame and publish the belief."""
         if self.filter.frames and frame.stamp_ns - self.done_ns > self.parameters["stream_timeout_s"] * 1e9:
             self.get_logger().warning("a gap in the frames: the filter begins anew")
-            self.filter.reset()
+            self.reset_filters()
+        if self.commits and (self.other.frames >= self.other.warmup_frames or self.other.frames == self.filter.frames):
+            self.exchange()
         begin_s = time.monotonic()
-        feature = self.filter.update(frame.observation, frame.previous_action if self.filter.frames else None)
+        self.last_latent = self.filter_frame(self.filter, frame, self.latent_publisher)
         self.done_ns = frame.stamp_ns
-        message = LatentState(world_model_id=self.filter.identity, frames_since_reset=self.filter.frames)
-        message.header.stamp = to_time(frame.stamp_ns)
-        message.warmup_frames = self.filter.warmup_frames
-        message.gripper = float(frame.observation.robot_obs[14])
-        message.feature = to_float32(feature)
-        self.latent_publisher.publish(message)
-        self.last_latent = message
         filter_ms = f"{(time.monotonic() - begin_s) * 1e3:.1f}"
         self.diagnostics.report("inputs", OK, "frames are filtered", filter_ms=filter_ms, skipped=self.aligner.skipped)
+        if self.other_filters:
+            self.filter_frame(self.other, frame, self.candidate_publisher)
+
+    def filter_frame(self, latent_filter: LatentFilter, frame: Frame, publisher: Publisher) -> LatentState:
+        """Filter and publish; returns the message."""
+        feature = latent_filter.update(frame.observation, frame.previous_action if latent_filter.frames else None)
+        message = LatentState(world_model_id=latent_filter.identity, frames_since_reset=latent_filter.frames)
+        message.header.stamp = to_time(frame.stamp_ns)
+        message.warmup_frames = latent_filter.warmup_frames
+        message.gripper = float(frame.observation.robot_obs[14])
+        message.feature = to_float32(feature)
+        publisher.publish(message)
+        return message
 
     def reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Service encoder/reset: forget, and filter the newest complete frame again as the first."""
@@ -140,12 +158,112 @@ class Encoder(DiwaNode):
         if not self.active:
             response.message = "encoder/reset: expected an active encoder, found it inactive."
             return response
-        self.filter.reset()
+        self.reset_filters()
         frame = self.aligner.restart()
         if frame is not None:
             self.encode(frame)
         response.message = "reset" if frame is not None else "reset; the next complete frame will be the first"
         return response
+
+    def reset_filters(self) -> None:
+        """Both world models forget."""
+        self.filter.reset()
+        if self.other is not None:
+            self.other.reset()
+
+    # -- swapping the world model ------------------------------------------------------------------------------------------------------
+
+    async def swap_world_model(self, request: SwapWorldModel.Request, response: SwapWorldModel.Response) -> SwapWorldModel.Response:
+        """Service encoder/world_model: the encoder's half of a swap of both (docs/swap.md). A refusal changes nothing."""
+        steps = {request.PREPARE: self.prepare, request.COMMIT: self.commit, request.RELEASE: self.release}
+        try:
+            if not self.active:
+                raise Refusal("state", "an active encoder", "it inactive", "Activate it first.")
+            if request.operation not in steps:
+                raise Refusal("state", "an operation of SwapWorldModel", f"{request.operation}", "")
+            named = await steps[request.operation](request)
+        except Refusal as refusal:
+            response.gate, response.expected, response.found = refusal.gate, refusal.expected, refusal.found
+            response.message = str(refusal)
+            self.diagnostics.report("encoder/world_model", ERROR, response.message)
+            return response
+        self.diagnostics.report("encoder/world_model", OK, f"runs {self.filter.identity[:12]}")
+        response.success, response.world_model_id = True, named.identity
+        response.feature_size = named.model.feature_size
+        return response
+
+    async def prepare(self, request: SwapWorldModel.Request) -> LatentFilter:
+        """Filter with another world model as well from the next frame on. Raises Refusal."""
+        wanted = request.world_model_id
+        if not request.path and self.other is not None and self.other.identity == wanted:
+            self.other.reset() if not self.other_filters else None
+            self.other_filters = True
+            return self.other
+        path = request.path or self.paths.get(wanted, "")
+        try:
+            candidate, filter_ms = await self.worker.submit(load_filter, path, self.parameters["device"])
+        except Exception as error:  # a strange checkpoint can make any library raise; the running world model must not suffer
+            raise Refusal("files", "a whole, unaltered world model", str(error), "") from error
+        if not self.active:
+            raise Refusal("state", "an active encoder", "that it was deactivated meanwhile", "Activate it and ask again.")
+        self.check_candidate(candidate, filter_ms, wanted)
+        if candidate.identity == self.filter.identity:
+            return self.filter
+        self.paths[candidate.identity] = path
+        self.other, self.other_filters, self.commits = candidate, True, False
+        return candidate
+
+    def check_candidate(self, candidate: LatentFilter, filter_ms: float, wanted: str) -> None:
+        """Gates of a world model. Raises Refusal."""
+        difference = self.contract.difference(candidate.contract)
+        if difference:
+            raise Refusal("contract", self.contract.identity, f"{candidate.contract.identity} ({difference})", "Use one of this contract.")
+        if wanted not in ("", candidate.identity):
+            raise Refusal("files", f"world model {wanted[:16]} still at its path", candidate.identity[:16], "Load it by its path.")
+        if candidate.model.config.scene_size:
+            raise Refusal("world_model", "one that sees cameras", "one that reads the simulator's scene state", "Train one on cameras.")
+        limit_ms = 1e3 * self.contract.step_s
+        if self.parameters["mode"] != "lockstep" and filter_ms + self.filter_ms > limit_ms:
+            found = f"{self.filter_ms:.1f} and {filter_ms:.1f} ms"
+            raise Refusal("latency", f"that both world models filter a frame within {limit_ms:.1f} ms", found, "Use a smaller one.")
+
+    async def commit(self, request: SwapWorldModel.Request) -> LatentFilter:
+        """Run the named world model: with `cold` at once, else from the first frame for which it is warm. Raises Refusal."""
+        if request.world_model_id == self.filter.identity:
+            self.commits = False
+        elif self.other is None or self.other.identity != request.world_model_id or not self.other_filters:
+            raise Refusal("world_model", f"{request.world_model_id[:16]} prepared", "another or none", "Prepare it first.")
+        elif request.cold:
+            self.exchange()
+        else:
+            self.commits = True
+        return self.filter
+
+    def exchange(self) -> None:
+        """The prepared world model runs, the other one goes on filtering beside it. A warm one goes on with the count of frames."""
+        if self.other.frames >= self.other.warmup_frames:
+            self.other.frames = self.filter.frames
+        self.filter, self.other, self.commits = self.other, self.filter, False
+
+    async def release(self, request: SwapWorldModel.Request) -> LatentFilter:
+        """Filter with one world model again; the other one stays in memory."""
+        self.other_filters = self.commits = False
+        return self.filter
+
+
+def load_filter(path: str, device: str) -> tuple[LatentFilter, float]:
+    """A filter that has seen a few dark frames, because the first calls of a model are slow, and its milliseconds per frame."""
+    latent_filter = LatentFilter.load(path, device)
+    if latent_filter.model.config.scene_size:
+        return latent_filter, 0.0
+    images = {stream.name: np.zeros((stream.height, stream.width, 3), np.uint8) for stream in latent_filter.contract.images}
+    dark, times_ms = Observation(images, np.zeros(ROBOT_OBS_SIZE), np.zeros(TARGET_POSE_SIZE)), []
+    for frame in range(WARM_UP_FRAMES + TIMED_FRAMES):
+        begin_s = time.perf_counter()
+        latent_filter.update(dark, hold_action(1.0) if frame else None)
+        times_ms.append((time.perf_counter() - begin_s) * 1e3)
+    latent_filter.reset()
+    return latent_filter, float(np.median(times_ms[WARM_UP_FRAMES:]))
 
 
 def main() -> int:

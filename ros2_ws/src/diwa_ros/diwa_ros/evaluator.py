@@ -173,6 +173,7 @@ class GraphEvaluator:
         if not self._spin_until(self.load_client.service_is_ready):
             raise SetupError(f"policy/load: expected the policy node's service within {self.timeout_s:g} s, found none. Is the graph up?")
         request = LoadPolicy.Request(path=str(Path(path).absolute()), skill=skill)  # the node may have been started elsewhere
+        request.max_action_difference = 2.0  # what is compared may differ
         response = self._await(self.load_client.call_async(request), "policy/load")
         if not response.success:
             raise GateError(f"policy/load refused {path}: {response.message}")

@@ -13,17 +13,21 @@ from diwa_interfaces.msg import ActionChunk, LatentState, PolicyStatus
 from diwa_interfaces.srv import LoadPolicy
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
+from rclpy.parameter import Parameter as RosParameter
 from rclpy.task import Future
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import hold_action
 from diwa_core.errors import ConfigError
+from diwa_ros.contracts import MODE
 from diwa_ros.diagnostics import ERROR, OK
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_duration, to_float32, to_ns
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
-from diwa_ros.policy_store import LoadedPolicy, PolicyStore, Refusal
+from diwa_ros.policy_store import LoadedPolicy, PolicyStore
 from diwa_ros.skill_run import Move, SkillRun
+from diwa_ros.swap import blend_chunk
+from diwa_ros.swapper import Swapper
 
 MAX_STEPS = 100_000
 ENCODER_WAIT_S = 5.0
@@ -34,10 +38,20 @@ class Policy(DiwaNode):
 
     NAME = "policy"
     PARAMETERS = (
+        MODE,
         Parameter("policies", "", "Folder with one policy checkpoint per skill."),
+        Parameter("checkpoint", "", "Policy to load on top of `policies`; set while the node is active it is swapped in.", live=True),
         Parameter("threads", 1, "Threads of torch in this process.", 1, 64),
         Parameter("latent_timeout_s", 5.0, "A run without a latent for this long is given up.", 0.1, 600.0),
+        Parameter("latency_budget_ms", 20.0, "Real time: a new policy must draw a chunk in this time.", 0.1, 1000.0),
+        Parameter("max_action_difference", 0.3, "Mean difference to the running policy that a new one may have; 2 is anything.", 0.0, 2.0),
+        Parameter("probation_s", 10.0, "A watchdog event within this time of a swap's first chunk rolls it back; 0: never.", 0.0, 600.0),
     )
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.swapper = Swapper(self)
+        self.add_post_set_parameters_callback(self.take_parameters)
 
     def configure(self) -> None:
         """Load all policies. Raises ConfigError, CheckpointError or GateError."""
@@ -46,6 +60,8 @@ class Policy(DiwaNode):
         torch.set_num_threads(self.parameters["threads"])
         self.store = PolicyStore()
         self.store.load_folder(self.parameters["policies"])
+        if self.parameters["checkpoint"]:
+            self.store.put(self.store.check(self.parameters["checkpoint"]))
         self.step_ns = round(1e9 / self.store.contract.rate_hz)
         self.run: SkillRun | None = None
         self.last_latent: LatentState | None = None
@@ -54,6 +70,7 @@ class Policy(DiwaNode):
         self.goal: ServerGoalHandle | None = None
         self.detail, self.reset_requested = "ready", False
         self.streaming_id = ""  # checkpoint of the chunks the controller holds
+        self.ran_id = ""  # the last one that the present or last run used
         self.last_chunk: ActionChunk | None = None  # of the running stream,
         self.answered: tuple[int, int] | None = None  # and the stamp and frame number of the latent it answers
         self.chunks = 0
@@ -61,7 +78,7 @@ class Policy(DiwaNode):
         self.chunk_publisher = self.advertise(ActionChunk, "action_chunk", reliable(5))
         self.status_publisher = self.advertise(PolicyStatus, "policy/status", LATCHED)
         self.listen(LatentState, "latent", self.take_latent, reliable(1))
-        self.serve(LoadPolicy, "policy/load", self.load)
+        self.swapper.configure()
         self.reset_client = self.create_client(Trigger, "encoder/reset")
         self.action_server = ActionServer(
             self, RunSkill, "run_skill", self.execute, goal_callback=self.judge_goal, cancel_callback=self.cancel
@@ -76,11 +93,18 @@ class Policy(DiwaNode):
     def deactivate(self) -> None:
         """End the stream, so that the controller does not have to find out."""
         self.finish(False, "the policy node was deactivated")
+        self.swapper.deactivate()
 
     def cleanup(self) -> None:
         """Withdraw the action and the client."""
         self.action_server.destroy()
         self.destroy_client(self.reset_client)
+        self.swapper.cleanup()
+
+    @property
+    def running(self) -> SkillRun | None:
+        """The run in progress, unless its end is only waiting to be told."""
+        return self.run if self.run is not None and not self.finished.done() else None
 
     # -- the action --------------------------------------------------------------------------------------------------------------------
 
@@ -101,8 +125,8 @@ class Policy(DiwaNode):
             self.publish_status()
             return GoalResponse.REJECT
         self.diagnostics.report("run_skill", OK, "goal accepted")
-        horizon = self.store.policies[goal.skill].policy.config.horizon
-        self.run = SkillRun(goal.skill, goal.max_steps, self.step_ns, horizon)
+        loaded = self.store.policies[goal.skill]
+        self.run, self.ran_id = SkillRun(goal.skill, goal.max_steps, self.step_ns, loaded.policy.config.horizon), loaded.identity
         if self.last_latent is not None:
             self.run.seen_frames, self.run.seen_ns = self.last_latent.frames_since_reset, to_ns(self.last_latent.header.stamp)
         self.generator.manual_seed(goal.seed)
@@ -133,8 +157,7 @@ class Policy(DiwaNode):
             self.diagnostics.report("run_skill", ERROR, message)
         self.detail = message
         self.publish_status()
-        identity = self.store.policies[run.skill].identity
-        return RunSkill.Result(completed=completed, message=message, steps=run.steps, chunks=run.chunks, checkpoint_id=identity)
+        return RunSkill.Result(completed=completed, message=message, steps=run.steps, chunks=run.chunks, checkpoint_id=self.ran_id)
 
     def request_reset(self) -> None:
         """Ask the encoder to begin anew, as soon as its service is found; its next first frame begins the run."""
@@ -157,6 +180,7 @@ class Policy(DiwaNode):
             return
         self.end_stream()
         self.finished.set_result((completed, message))
+        self.swapper.end_run()
         if self.executor is not None:  # None once the process stops spinning
             self.executor.wake()
 
@@ -165,6 +189,7 @@ class Policy(DiwaNode):
     def take_latent(self, message: LatentState) -> None:
         """Answer one latent of the running skill."""
         run, self.last_latent = self.run, message
+        self.swapper.hear_latent(message)
         if run is None or self.goal is None or self.finished.done():
             return
         if (to_ns(message.header.stamp), message.frames_since_reset) == self.answered:
@@ -181,19 +206,41 @@ class Policy(DiwaNode):
         if move == Move.HOLD:
             self.publish_chunk(message, loaded, hold_action(message.gripper)[None], hold=True, inference_ms=0.0)
         elif move == Move.SAMPLE:
-            self.sample(message, loaded)
+            self.sample(message)
         elif move == Move.FINISH:
             self.finish(True, f"{run.max_steps} steps done")
 
-    def sample(self, message: LatentState, loaded: LoadedPolicy) -> None:
-        """Draw the next chunk and publish it."""
-        begin_s = time.monotonic()
-        feature = torch.from_numpy(from_floats(message.feature).copy())[None]
-        actions = loaded.policy.sample(feature, generator=self.generator)[0].numpy()
-        inference_ms = (time.monotonic() - begin_s) * 1e3
+    def sample(self, message: LatentState) -> None:
+        """Draw the next chunk and publish it. This is the chunk border at which another policy may take over."""
+        self.swapper.reach_border(message)
+        actions, noise, inference_ms = self.draw(message)
+        if self.swapper.judge_chunk(self.store.policies[self.run.skill], actions, inference_ms):
+            actions, noise, inference_ms = self.draw(message)
+            self.run.chunk_ns = to_ns(message.header.stamp)
+        loaded = self.store.policies[self.run.skill]
+        self.run.horizon = loaded.policy.config.horizon
         self.inference_ms.append(inference_ms)
+        drawn = actions
+        if self.streaming_id not in ("", loaded.identity) and not self.last_chunk.hold:
+            actions = blend_chunk(self.find_last_action(message), actions)
         self.publish_chunk(message, loaded, actions, hold=False, inference_ms=inference_ms)
         self.goal.publish_feedback(RunSkill.Feedback(step=self.run.steps, inference_ms=inference_ms))
+        self.swapper.compare(message, loaded, drawn, noise)
+
+    def draw(self, message: LatentState) -> tuple[np.ndarray, torch.Tensor, float]:
+        """A chunk [H, A] of the skill's policy, its noise, and the milliseconds it took."""
+        policy = self.store.policies[self.run.skill].policy
+        begin_s = time.monotonic()
+        feature = torch.from_numpy(from_floats(message.feature).copy())[None]
+        noise = policy.draw_noise(1, self.generator)
+        actions = policy.sample(feature, noise=noise)[0].numpy()
+        return actions, noise, (time.monotonic() - begin_s) * 1e3
+
+    def find_last_action(self, message: LatentState) -> np.ndarray:
+        """What the arm does in the step before `message` [A]: the action of the last chunk, or nothing if that did not reach so far."""
+        actions = from_floats(self.last_chunk.actions).reshape(self.last_chunk.horizon, self.last_chunk.action_dim)
+        index = round((to_ns(message.header.stamp) - to_ns(self.last_chunk.header.stamp)) / self.step_ns) - 1
+        return actions[max(index, 0)].clip(-1, 1) if index < len(actions) else hold_action(actions[-1, 6])
 
     def publish_chunk(self, latent: LatentState, loaded: LoadedPolicy, actions: np.ndarray, hold: bool, inference_ms: float) -> None:
         """Send actions [H, A] for the frame of `latent`. The stream of another checkpoint is ended first."""
@@ -205,7 +252,8 @@ class Policy(DiwaNode):
         chunk.horizon, chunk.action_dim = actions.shape
         chunk.actions, chunk.inference_ms = to_float32(actions), inference_ms
         self.chunk_publisher.publish(chunk)
-        self.streaming_id, self.last_chunk = loaded.identity, chunk
+        self.streaming_id = self.ran_id = loaded.identity
+        self.last_chunk = chunk
         self.answered = (to_ns(latent.header.stamp), latent.frames_since_reset)
         self.chunks += 1
 
@@ -229,31 +277,20 @@ class Policy(DiwaNode):
 
     # -- loading and status ------------------------------------------------------------------------------------------------------------
 
-    def load(self, request: LoadPolicy.Request, response: LoadPolicy.Response) -> LoadPolicy.Response:
-        """Service policy/load: replaces a policy only after it has passed every gate; a running skill goes on with it at the next chunk."""
-        try:
-            loaded = self.store.check(request.path, request.skill)
-        except Refusal as refusal:
-            response.gate, response.expected, response.found = refusal.gate, refusal.expected, refusal.found
-            response.message = str(refusal)
-            running = self.store.policies.get(request.skill)
-            response.checkpoint_id = running.identity if running else ""
-            self.diagnostics.report("policy/load", ERROR, response.message)
-            return response
-        self.store.put(loaded)
-        if self.run is not None and self.run.skill == loaded.skill:
-            self.run.horizon = loaded.policy.config.horizon
-        self.diagnostics.report("policy/load", OK, f"{loaded.skill}: loaded {loaded.identity[:12]}")
-        response.success, response.message, response.checkpoint_id = True, f"'{loaded.skill}' now runs it", loaded.identity
-        self.publish_status()
-        return response
+    def take_parameters(self, parameters: list[RosParameter]) -> None:
+        """Parameter `checkpoint` set on an active node: swap it in. /diagnostics and policy/history say what became of it."""
+        path = next((parameter.value for parameter in parameters if parameter.name == "checkpoint"), "")
+        if path and self.active and self.executor is not None:
+            self.executor.create_task(self.swapper.load, LoadPolicy.Request(path=path), LoadPolicy.Response())
 
     def publish_status(self) -> None:
         """State, skills and inference times."""
         status = PolicyStatus(state=self.name_state(), skills=self.store.skills, world_model_id=self.store.world_model_id)
         status.header.stamp = self.get_clock().now().to_msg()
         if self.run is not None:
-            status.skill, status.checkpoint_id = self.run.skill, self.store.policies[self.run.skill].identity
+            status.skill, status.checkpoint_id = self.run.skill, self.ran_id
+        shadow = self.swapper.shadow
+        status.shadow_id, status.on_probation = shadow.loaded.identity if shadow else "", self.swapper.probation is not None
         if self.inference_ms:
             p50, p99 = np.percentile(self.inference_ms, (50, 99))
             status.inference_ms_p50, status.inference_ms_p99 = float(p50), float(p99)
