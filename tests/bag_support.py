@@ -27,7 +27,8 @@ def frame_image(number: int, size: int = 64) -> np.ndarray:
 class FakeBag:
     """Ticks of a graph: what every stream says is known from the number of the tick.
 
-    compressed: "png" or "jpeg". moves(n): whether the action that led into tick n moved the arm. skip: topic -> ticks without it. stamp_ns(n): when tick n was.
+    compressed: "png" or "jpeg". moves(n): whether the action that led into tick n moved the arm. stamp_ns(n): when tick n was.
+    skip: topic -> ticks without it. marks: after tick n, outcome and skill.
     """
 
     ticks: int = 60
@@ -45,11 +46,12 @@ class FakeBag:
     prefix: str = "/"
     only: tuple[str, ...] = ()
 
-    def write(self, path: Path, storage: StoragePlugin = StoragePlugin.MCAP, **options: object) -> Path:
-        """Write the bag; `options` as those of rosbags' Writer."""
-        with Writer(path, version=9, storage_plugin=storage) as writer:
-            if "compression" in options:
-                writer.set_compression(*options["compression"])
+    def write(self, path: Path, storage: StoragePlugin = StoragePlugin.MCAP, compression: tuple = ()) -> Path:
+        """Write the bag; compression: mode and format."""
+        writer = Writer(path, version=9, storage_plugin=storage)
+        if compression:
+            writer.set_compression(*compression)
+        with writer:
             connections = {}
             if self.contract:
                 for name, text in Recording(self.contract).to_custom_data().items():

@@ -314,9 +314,9 @@ class EpisodeWriter:
         if self.last is not None:
             self._push(self.last, None)
             self._end_take()
-        begins = {take["begin_ns"] for take in self.audit.takes}
+        seen = {take["index"] for take in self.audit.takes}
         for take in self.takes:
-            if take.begin_ns not in begins and take.outcome:
+            if take.index not in seen and take.outcome:
                 self.audit.note(f"a mark '{take.outcome}' has no frames before it and was ignored")
 
     # -- takes -------------------------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ class EpisodeWriter:
             self.audit.note(f"a mark '{take.outcome}' has no episode that reaches it and was ignored")
         self.audit.takes.append(
             {
-                "begin_ns": take.begin_ns,
+                "index": take.index,
                 "outcome": take.outcome,
                 "skill": take.skill,
                 "frames": self.take_frames,
