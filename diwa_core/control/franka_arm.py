@@ -26,6 +26,7 @@ LOGGER = logging.getLogger(__name__)
 RETRY_S = 1.0
 POLL_STEPS = 2  # periods between two looks at errors of the running motion
 STALE_S = 0.3  # a state older than this is no state
+START_S = 0.2  # a motion may take this long to begin
 HOME_DYNAMICS = 0.1  # share of the arm's own speed, acceleration and jerk
 PREEMPTED = "Move command preempted!"  # what a motion says that we stopped ourselves
 
@@ -227,7 +228,7 @@ class FrankaArm:
     def _session(self, robot: Any) -> None:
         """Serve a connected robot until the link is lost (an exception) or the end. A lost Robot is dead; the next session has its own."""
         self._robot, self._franky = robot, import_franky()
-        self._tracker = None
+        self._tracker, self._moved_s = None, 0.0
         self._drain()
         self._enter(Phase.READY, "ready")
         period_s, steps = 1.0 / self.config.stream_hz, 0
@@ -300,6 +301,7 @@ class FrankaArm:
         while not self._requests.empty():
             what = self._requests.get()
             if what == "stop":
+                self._aim = None
                 self._end_streaming()
             elif what == "resume":
                 self._resume()
@@ -351,7 +353,7 @@ class FrankaArm:
             self._aim = None
             self._enter(Phase.FAULT, f"{error} Then call controller/resume")
             return
-        self._source, self.commanded = measured, measured
+        self._source, self.commanded, self._moved_s = measured, measured, time.monotonic()
         try:
             if self.config.streaming == "impedance":
                 self._tracker = self._make_tracker()
@@ -415,6 +417,7 @@ class FrankaArm:
         self._try_move(stop)
 
     def _try_move(self, motion: Any) -> None:
+        self._moved_s = time.monotonic()
         try:
             self._robot.move(motion, asynchronous=True)
         except Exception as error:
@@ -426,18 +429,17 @@ class FrankaArm:
         self._enter(phase, reason)
 
     def _poll(self) -> None:
-        """Errors of the running motion are raised here, once."""
-        moving = self.phase in (Phase.STREAMING, Phase.STOPPING, Phase.HOMING)
+        """Errors of the running motion are raised here, once; and its end shows (what poll_motion returns does not tell that)."""
         try:
-            in_motion = self._robot.poll_motion()
+            self._robot.poll_motion()
         except Exception as error:
             self._fail(error)
             return
-        if moving and not in_motion:
-            in_motion = self._robot.is_in_control
-        if not in_motion and self.phase in (Phase.STOPPING, Phase.HOMING):
+        if self._robot.is_in_control or self.state.mode == "Move" or time.monotonic() - self._moved_s < START_S:
+            return
+        if self.phase in (Phase.STOPPING, Phase.HOMING):
             self._enter(Phase.READY, "ready")
-        elif not in_motion and self.phase is Phase.STREAMING and self.commanded is not None and self._tracker is not None:
+        elif self.phase is Phase.STREAMING:
             self._abandon(Phase.FAULT, "the robot ended the motion by itself; call controller/resume")
 
     def _fail(self, error: Exception) -> None:

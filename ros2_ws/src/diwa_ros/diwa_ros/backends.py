@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from diwa_interfaces.msg import RobotCommand, SimState
@@ -13,7 +12,8 @@ from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import JointState
 
 from diwa_core.contract import Contract, hold_action
-from diwa_ros.gate import Command
+from diwa_core.control.limits import Clamp
+from diwa_ros.gate import Command, State
 from diwa_ros.messages import reliable, to_float64, to_ns, to_pose, to_time
 from diwa_ros.node import DiwaNode
 
@@ -32,19 +32,31 @@ class Tick:
     first_of_episode: bool
 
 
-class Backend(Protocol):
+class Backend:
     """A robot. It calls `on_tick` whenever it wants a command and takes at most one `send` for each tick."""
 
-    LIMITS_MOTION: bool  # it keeps the node's `limits` itself, on every pose it commands; otherwise the controller does, on every action
+    LIMITS_MOTION = False  # it keeps the robot's limits itself, on every pose it commands; otherwise the controller does, on every action
 
-    def send(self, stamp_ns: int, command: Command) -> None:
-        """Carry out `command` from `stamp_ns` on, for one step."""
+    def send(self, stamp_ns: int, command: Command) -> Clamp:
+        """Carry out `command` from `stamp_ns` on, for one step; returns what limits of its own changed of it."""
+        raise NotImplementedError
+
+    def condition(self) -> tuple[State, str] | None:
+        """State and reason when the robot itself cannot take commands, None when it can."""
+        return None
+
+    def stop(self) -> None:
+        """Bring the robot to rest now; without commands it rests anyway."""
+
+    def resume(self) -> None:
+        """Go on after a stop. Raises GateError while the robot does not allow it."""
+
+    def close(self) -> None:
+        """Let the robot go."""
 
 
-class CalvinBackend:
+class CalvinBackend(Backend):
     """The simulated robot behind calvin_bridge."""
-
-    LIMITS_MOTION = False
 
     def __init__(self, node: DiwaNode, contract: Contract, on_tick: Callable[[Tick], None]) -> None:
         self.on_tick = on_tick
@@ -56,17 +68,16 @@ class CalvinBackend:
         executed = np.array(message.applied_action, np.float32)
         self.on_tick(Tick(to_ns(message.header.stamp), executed, message.applied_is_hold, message.first_of_episode))
 
-    def send(self, stamp_ns: int, command: Command) -> None:
+    def send(self, stamp_ns: int, command: Command) -> Clamp:
         """Publish sim/command."""
         message = RobotCommand(action=command.action, hold=command.hold)
         message.header.stamp = to_time(stamp_ns)
         self.publisher.publish(message)
+        return Clamp.NONE
 
 
-class DryRunBackend:
+class DryRunBackend(Backend):
     """No robot: a target that follows every command exactly, to try a policy on live cameras."""
-
-    LIMITS_MOTION = False
 
     def __init__(self, node: DiwaNode, contract: Contract, on_tick: Callable[[Tick], None]) -> None:
         self.node, self.contract, self.on_tick = node, contract, on_tick
@@ -92,15 +103,16 @@ class DryRunBackend:
         self.first, self.executed, self.executed_is_hold = False, hold_action(self.executed[6]), True
         self.on_tick(tick)
 
-    def send(self, stamp_ns: int, command: Command) -> None:
+    def send(self, stamp_ns: int, command: Command) -> Clamp:
         """Integrate the command on the target."""
         self.executed, self.executed_is_hold = command.action, command.hold
         if command.hold:
             self.executed = hold_action(command.action[6])
-            return
+            return Clamp.NONE
         self.pose[:3] += command.action[:3] * self.contract.max_delta_m
         euler = self.pose[3:] + command.action[3:6] * self.contract.max_delta_rad
         self.pose[3:] = Rotation.from_euler("xyz", euler).as_euler("xyz")
+        return Clamp.NONE
 
 
 BACKENDS = {"calvin": CalvinBackend, "dry_run": DryRunBackend}

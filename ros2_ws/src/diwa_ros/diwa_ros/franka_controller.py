@@ -17,11 +17,13 @@ from diwa_ros.access import CommandSource
 from diwa_ros.backends import BACKENDS, Tick
 from diwa_ros.contracts import CONTRACT, MODE, read_contract
 from diwa_ros.diagnostics import ERROR, OK, WARN
+from diwa_ros.franky_backend import FrankyBackend
 from diwa_ros.gate import Chunk, ChunkGate, ClockCheck, Command, DroppedChunk, State, Watchdog
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_ns, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
 
+ROBOTS = {**BACKENDS, "franky": FrankyBackend}
 WATCH_S = 0.02  # period of the watchdog
 MEMORY_TICKS = 8  # commands remembered until the robot says what it executed
 
@@ -33,7 +35,8 @@ class FrankaController(DiwaNode):
     PARAMETERS = (
         CONTRACT,
         MODE,
-        Parameter("backend", "calvin", "Robot: the simulated one behind calvin_bridge, or none.", choices=tuple(BACKENDS)),
+        Parameter("backend", "calvin", "Robot: the simulated one behind calvin_bridge, none, or a Franka.", choices=tuple(ROBOTS)),
+        Parameter("robot", "robot", "Backend franky: the robot's YAML, a name in config/ or a path."),
         Parameter("start_enabled", True, "Accept chunks without a call of controller/enable."),
         Parameter("hold_after_s", 0.3, "Real time: silence of the policy after which the arm holds.", 0.05, 2.0),
         Parameter("stop_after_s", 1.0, "Real time: silence after which only controller/resume goes on.", 0.1, 10.0),
@@ -65,7 +68,7 @@ class FrankaController(DiwaNode):
         if not sources:
             raise ConfigError("parameter 'command_sources': expected the name of a node, as policy, found none.")
         self.source = CommandSource(self, chunks.topic_name, sources)
-        self.backend = BACKENDS[self.parameters["backend"]](self, contract, self.take_tick)
+        self.backend = ROBOTS[self.parameters["backend"]](self, contract, self.take_tick)
         self.limiter = ActionLimiter(contract_limits(contract) if self.backend.LIMITS_MOTION else self.limits, contract)
         for name, action in (("enable", self.enable), ("stop", self.stop_arm), ("resume", self.resume)):
             self.serve(Trigger, f"controller/{name}", action)
@@ -85,7 +88,8 @@ class FrankaController(DiwaNode):
         self.publish_status()
 
     def cleanup(self) -> None:
-        """Let the limiter go: its library complains of objects that outlive the interpreter."""
+        """Let the robot go, and the limiter: its library complains of objects that outlive the interpreter."""
+        self.backend.close()
         del self.limiter
 
     # -- the robot ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +137,10 @@ class FrankaController(DiwaNode):
         if command is None:
             return
         command = self.limit(command)
-        self.backend.send(self.tick_ns, command)
+        clamps = self.backend.send(self.tick_ns, command)
+        if clamps:
+            self.gate.clamped += 1
+            command = replace(command, clamps=command.clamps | int(clamps))
         self.tick_answered = True
         self.sent[self.tick_ns] = command
         while len(self.sent) > MEMORY_TICKS:
@@ -208,6 +215,8 @@ class FrankaController(DiwaNode):
     def watch(self) -> None:
         """Rules of silence, of the policy and of the robot."""
         self.check_source()
+        if self.obey_robot():
+            return
         now_s = time.monotonic()
         silent_s = now_s - self.tick_s
         if self.lockstep:
@@ -221,6 +230,17 @@ class FrankaController(DiwaNode):
             self.gate.clear()
         self.publish_change()
 
+    def obey_robot(self) -> bool:
+        """A state of the robot's own, as a reflex, comes before our rules of silence; whether there is one."""
+        condition = self.backend.condition()
+        if condition is None:
+            self.watchdog.release()
+            return False
+        self.gate.clear()
+        self.watchdog.impose(*condition)
+        self.publish_change()
+        return True
+
     # -- services and status -----------------------------------------------------------------------------------------------------------
 
     def enable(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -232,6 +252,7 @@ class FrankaController(DiwaNode):
         """Service controller/stop: hold now, until controller/resume."""
         self.gate.clear()
         self.watchdog.stop()
+        self.backend.stop()
         return self.reply(response, "stopped")
 
     def resume(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -239,6 +260,7 @@ class FrankaController(DiwaNode):
         try:
             if self.source.look().intruder:
                 raise GateError(f"resume: {self.source.verdict.text}. End it first; one that was killed is forgotten after a while.")
+            self.backend.resume()
             self.watchdog.resume()
         except GateError as error:
             response.message = str(error)
@@ -258,7 +280,9 @@ class FrankaController(DiwaNode):
         if status == self.last_status:
             return
         self.last_status = status
-        level = {State.HOLD: WARN, State.USER_STOPPED: WARN, State.DISCONNECTED: ERROR, State.FAULT: ERROR}.get(status[0], OK)
+        level = {State.HOLD: WARN, State.USER_STOPPED: WARN, State.DISCONNECTED: ERROR, State.REFLEX: ERROR, State.FAULT: ERROR}.get(
+            status[0], OK
+        )
         self.diagnostics.report("state", level, f"{status[0].name}: {status[1]}")
         self.publish_status()
 

@@ -33,7 +33,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class NodeDescription:
-    """One node. `executable` is a module of diwa_ros, the name if empty; `when` an argument, or 'not argument', that must be true."""
+    """One node. `executable` is a module of diwa_ros, the name if empty.
+
+    `when`: what must hold, joined by 'and': 'argument', 'not argument' (true or false ones) or 'argument == value'.
+    """
 
     name: str
     executable: str = ""
@@ -117,11 +120,17 @@ class Graph:
     def _is_wanted(self, node: NodeDescription, values: dict[str, Any]) -> bool:
         if not node.when:
             return True
-        name = node.when.removeprefix("not ")
-        value = self._value(name, values, f"{node.name}.when")
+        return all(self._holds(term.strip(), values, f"{node.name}.when") for term in node.when.split(" and "))
+
+    def _holds(self, term: str, values: dict[str, Any], where: str) -> bool:
+        name, is_comparison, wanted = (word.strip() for word in term.partition("=="))
+        if is_comparison:
+            return str(self._value(name, values, where)) == wanted
+        name = term.removeprefix("not ")
+        value = self._value(name, values, where)
         if not isinstance(value, bool):
-            raise ConfigError(f"{node.name}.when: expected an argument that is true or false, found '{name}' = {value!r}.")
-        return value != node.when.startswith("not ")
+            raise ConfigError(f"{where}: expected an argument that is true or false, found '{name}' = {value!r}.")
+        return value != term.startswith("not ")
 
     def _fill(self, text: Any, values: dict[str, Any], where: str) -> Any:
         """Replace references. A text that is one reference takes the argument's type."""
