@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, default=ROOT / "checkpoints", help="folder with world_model/, policies/ and classifiers/ to begin from"
     )
-    parser.add_argument("--demonstrations", type=int, default=12, help="successful ones to record")
+    parser.add_argument("--demonstrations", type=int, default=24, help="successful ones to record")
     parser.add_argument("--noise", type=float, default=0.6, help="of the demonstrator: 0 precise to 1 careless")
     parser.add_argument("--play-ticks", type=int, default=300, help="ticks of play to record as well")
     parser.add_argument("--stores", nargs="*", default=[], help="older play stores to learn from, too")

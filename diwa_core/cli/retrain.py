@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refit", nargs="*", default=[], help="of world_model, classifier, policy; a world model takes the others along")
     parser.add_argument("--iterations", type=int, default=0, help="of the fine-tuning (default: config/retrain.yaml)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--max-minutes", type=float, help="of all; the rest is kept (exit code 3), and the same command goes on")
+    parser.add_argument("--max-minutes", type=float, help="then fine-tuning takes the best it has; exit code 3 if it had not begun")
     parser.add_argument("--background", action="store_true", help="run only when nothing else wants the processor")
     parser.add_argument("--recipe", default="", help="YAML with the options of the stages (default: config/retrain.yaml)")
     parser.add_argument("--out", required=True, help="folder of the run")

@@ -140,8 +140,11 @@ class Retraining:
         command = ("python", "-m", "diwa_core.data.attempts", *self.stores(), "--out", DEMOS)
         return [*stages, self._make("demos", command, self.recipe.demos, DEMOS)]
 
-    def stages(self, demonstrations: int, minutes: float | None = None) -> list[Stage]:
-        """All stages. demonstrations: how many of the skill were gathered. minutes: after which fine-tuning takes the best it has."""
+    def stages(self, learn: int, minutes: float | None = None) -> list[Stage]:
+        """All stages. learn: how many demonstrations of the skill are learned from; the others begin in the starts to judge on.
+
+        minutes: after which fine-tuning takes the best it has.
+        """
         request, model, stages = self.request, self.world_model(), self.gathering()
         stores, held_out = self.stores(), [Path(path).absolute() for path in request.held_out]
         if "world_model" in request.parts:
@@ -150,8 +153,7 @@ class Retraining:
             command += ("--run-dir", run_dir, "--out", model)
             stages.append(self._make("world_model", command, self.recipe.world_model, model, keeps=(run_dir,), resumes=True))
         if "policy" in request.parts:
-            cloned = demonstrations - demonstrations // 3  # the others begin in the starts to judge on
-            command = ("diwa", "policy", "--world-model", model, "--demos", DEMOS, "--skills", request.skill, "--per-skill", str(cloned))
+            command = ("diwa", "policy", "--world-model", model, "--demos", DEMOS, "--skills", request.skill, "--per-skill", str(learn))
             command += ("--seed", str(request.seed), "--out", At("policies"))
             stages.append(self._make("policy", command, self.recipe.policy, self.policy()))
         if "classifier" in request.parts:
@@ -160,7 +162,7 @@ class Retraining:
             stages.append(self._make("classifier", command, self.recipe.classifier, self.classifier()))
         run_dir, out = At("runs/finetune"), At("finetuned", request.skill)
         command = ("diwa", "finetune", "--world-model", model, "--policy", self.policy(), "--classifier", self.classifier())
-        command += ("--demos", DEMOS, "--seed", str(request.seed), "--run-dir", run_dir, "--out", out)
+        command += ("--demos", DEMOS, "--learn", str(learn), "--seed", str(request.seed), "--run-dir", run_dir, "--out", out)
         flags = self.recipe.finetune | ({"iterations": request.iterations} if request.iterations else {})
         stage = self._make("finetune", command, flags, out, keeps=(run_dir,), resumes=True)
         speed = () if minutes is None else ("--max-minutes", f"{max(minutes - MINUTES_TO_REPORT, 0.1):.1f}")
@@ -215,17 +217,20 @@ def retrain(
 ) -> dict[str, Any] | None:
     """Bring everything below `root` up to date; returns the report, or None when should_stop() or the time ended it before.
 
-    Raises StageFailed, ConfigError or DataError. What was done is kept, and the same call goes on.
+    When the time is up the fine-tuning takes the best candidate it has; None comes only if it had not begun yet. What was done is kept, and
+    the same call goes on. Raises StageFailed, ConfigError or DataError.
     """
     retraining, began = Retraining(request, Path(root).absolute()), time.monotonic()
     write_whole(retraining.root / "request.json", json.dumps(asdict(request), indent=1))
 
-    def is_over() -> bool:
-        return should_stop() or (max_minutes is not None and time.monotonic() - began > 60 * max_minutes)
+    def minutes_left() -> float | None:
+        return None if max_minutes is None else max_minutes - (time.monotonic() - began) / 60
 
-    def run(stages: list[Stage]) -> bool:
-        pipeline = Pipeline(retraining.root, stages)
-        runner = Runner(pipeline, 1, say, is_over)
+    def is_over() -> bool:
+        return should_stop() or (max_minutes is not None and minutes_left() < 0)
+
+    def run(stages: list[Stage], stop: Callable[[], bool] = is_over) -> bool:
+        runner = Runner(Pipeline(retraining.root, stages), 1, say, stop)
         runner.show_status = lambda text: show(read_status(retraining, runner, len(stages), text))
         return runner.run(stages)
 
@@ -239,8 +244,8 @@ def retrain(
             f"retrain: expected more than {max(cloned, 2)} successful attempts at '{request.skill}', so that some are left to judge on, "
             f"found {count}. Record more and mark them, or add a store that has some."
         )
-    left = None if max_minutes is None else max_minutes - (time.monotonic() - began) / 60
-    if not run(retraining.stages(count, left)):
+    learn = max(cloned, count - count // 3)
+    if not (run(retraining.stages(learn)[:-1]) and run(retraining.stages(learn, minutes_left()), should_stop)):
         return None
     report = make_report(retraining, numbers)
     write_whole(retraining.root / REPORT, json.dumps(report, indent=1))
@@ -251,7 +256,9 @@ def read_status(retraining: Retraining, runner: Runner, stages: int, text: str) 
     """From the runner, and from the metrics of the fine-tuning."""
     waiting = len(runner.pending) + len(runner.running)
     left, unknown = runner.seconds_left()
-    status = Status(stages_done=stages - waiting, stages=stages, detail=text, seconds_left=None if unknown or not left else left)
+    status = Status(
+        stages_done=stages - waiting, stages=len(retraining.stages(0)), detail=text, seconds_left=None if unknown or not left else left
+    )
     if runner.running:
         progress = runner.running[0].progress()
         status.stage, status.progress = runner.running[0].stage.name, progress[1] if progress else 0.0

@@ -27,6 +27,7 @@ from diwa_ros.parameters import Parameter
 
 WATCH_S, FEEDBACK_S = 0.2, 1.0
 STOP_STEPS = ((signal.SIGINT, 60.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))  # signal and seconds to save and obey
+PATIENCE_S = 3.0  # of a node that is about to end
 MOST_RESTARTS = 2
 LAST_LINES = 6
 
@@ -112,9 +113,12 @@ class FinetuneNode(DiwaNode):
     async def execute(self, goal: ServerGoalHandle) -> Finetune.Result:
         """Start the worker and wait; `watch` does the rest."""
         self.goal, folder = goal, self.runs / (goal.request.name or self.request.name)
-        self.worker = Worker(self.request, folder, goal.request.budget_minutes)
-        self.get_logger().info(f"'{self.request.skill}': working in {folder}")
         self.told_s = 0.0
+        try:
+            self.worker = Worker(self.request, folder, goal.request.budget_minutes)
+            self.get_logger().info(f"'{self.request.skill}': working in {folder}")
+        except OSError as error:
+            self.finish(False, f"{folder}: the worker cannot be started there: {error}")
         result = await self.finished
         self.goal, self.request, self.worker = None, None, None
         if result.success:
@@ -195,9 +199,10 @@ class Worker:
             self.popen.send_signal(STOP_STEPS[0][0])
 
     def stop(self) -> None:
-        """Ask, and wait for the end."""
+        """Ask, and give it a moment; one that takes longer ends by itself, and whoever goes on in its folder waits for it."""
         self.ask_to_stop()
-        while self.poll() is None:
+        end_s = time.monotonic() + PATIENCE_S
+        while self.poll() is None and time.monotonic() < end_s:
             time.sleep(0.05)
 
     def start_again(self) -> None:

@@ -41,7 +41,7 @@ class LoopPlan:
     skill: str
     checkpoint: Path
     name: str
-    demonstrations: int = 12
+    demonstrations: int = 24
     noise: float = 0.6
     play_ticks: int = 300
     stores: tuple[str, ...] = ()
