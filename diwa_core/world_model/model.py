@@ -38,12 +38,12 @@ class WorldModelConfig:
     classes: int = 32
     deterministic: int = 512
     hidden: int = 512
+    observation_gain: float = 0.1  # residual latents: the share of a surprise that is believed at once; 1 believes every frame
     warmup_frames: int = 4  # frames filtered after a reset before a feature is used
     leash_m: float = 0.08  # how far the commanded position may lead the measured one
     proprio_weight: float = 4.0  # of an entry of the proprioception in the prediction loss; an entry of a code weighs about 1
     state_weight: float = 10.0  # of a code component, times how two-peaked it is, beside 1
     code_noise: float = 0.05  # standard deviations, on observed codes while training
-    code_offset: float = 0.0  # standard deviations, added to a whole window's codes while training, lasting states excepted
     huber_width: float = 0.05  # standard deviations: below it errors count squared, above it linearly
     reconstruction_scale: float = 0.5  # pixels (cnn) or embedding (code) of categorical latents
     kl_scale: float = 0.3
@@ -98,7 +98,7 @@ class WorldModel(nn.Module):
             self.embedding_size = low_dimensional + fused
         if config.latent == "residual":
             sizes = (config.deterministic, config.hidden, self.embedding_size, ACTION_SIZE)
-            latent: nn.Module = ResidualLatent(*sizes, config.stochastic, self.command)
+            latent: nn.Module = ResidualLatent(*sizes, config.stochastic, config.observation_gain, self.command)
         else:
             latent = CategoricalLatent(config.deterministic, config.hidden, self.embedding_size, config.groups, config.classes)
         self.rssm = RSSM(latent, config.deterministic, config.hidden, ACTION_SIZE)
@@ -207,10 +207,7 @@ class WorldModel(nn.Module):
         else:
             flat = {view: image.flatten(0, 1) for view, image in batch["images"].items()}
             embeddings = self.embed(batch["low"].flatten(0, 1), flat).unflatten(0, batch["low"].shape[:2])
-        seen = embeddings
-        if self.config.latent == "residual":
-            embeddings = self._displace(embeddings, generator)
-            seen = self._disturb(embeddings, generator)
+        seen = self._disturb(embeddings, generator) if self.config.latent == "residual" else embeddings
         states, priors, posteriors = self.rssm.unroll(state, batch["actions"], seen, batch["first"], batch["observed"], generator)
         if self.config.latent == "residual":
             parts = self._prediction_loss(priors, embeddings, ~batch["first"])
@@ -218,16 +215,6 @@ class WorldModel(nn.Module):
             parts = self._evidence_loss(states, priors, posteriors, embeddings, batch)
         total = torch.stack(list(parts.values())).sum()
         return total, {name: value.item() for name, value in parts.items()}, states[:, -1].detach()
-
-    def _displace(self, embeddings: Tensor, generator: RandomSource) -> Tensor:
-        """Embeddings whose codes are off by the same amount in all of a window, to be predicted as they now are: how things move does not
-        depend on which scene it is, so the scene should not be remembered."""
-        if not self.config.code_offset:
-            return embeddings
-        offset = normal_like(embeddings[:, :1], generator) * self.config.code_offset
-        offset[..., : self.low_mean.shape[0]] = 0
-        offset[..., self.low_mean.shape[0] :] *= 1 - self.two_peaked.clamp(0, 1)
-        return embeddings + offset
 
     def _disturb(self, embeddings: Tensor, generator: RandomSource) -> Tensor:
         """Embeddings with noise on the codes, so that the dynamics do not hang on what only one recorded scene shows."""

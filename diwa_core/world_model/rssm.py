@@ -2,8 +2,9 @@
 
 A state is a deterministic part h and a latent part z. Two kinds of latent share the recurrence:
 - categorical: z is a sample of one-hot groups; the posterior reads h and the embedded observation (DreamerV2, used by DiWA).
-- residual: z lives in the space of the embedded observation itself. The posterior IS the embedding; the prior is z plus a predicted change.
-  Nothing a camera or an encoder measured is squeezed through a bottleneck, so open-loop errors stay small on little compute.
+- residual: z lives in the space of the embedded observation itself. The prior is z plus a predicted change; the posterior goes from there
+  a share of the way to the embedding, like a Kalman filter with a constant gain. Nothing a camera or an encoder measured is squeezed through
+  a bottleneck, so open-loop errors stay small on little compute; and what a policy sees live is as smooth as what it saw in dreams.
 Letters: B batch, T time, D deterministic, Z latent, E embedding, A action.
 """
 
@@ -62,7 +63,7 @@ class CategoricalLatent(nn.Module):
         """Logits [B, Z] of the latent before the observation."""
         return self.prior_head(h).float()
 
-    def posterior(self, h: Tensor, embedding: Tensor) -> Tensor:
+    def posterior(self, h: Tensor, embedding: Tensor, prior: Tensor, fresh: Tensor) -> Tensor:
         """Logits [B, Z] of the latent given the observation."""
         return self.posterior_out(self.posterior_in(h) + self.posterior_embedding(embedding)).float()
 
@@ -85,15 +86,15 @@ class CategoricalLatent(nn.Module):
 
 
 class ResidualLatent(nn.Module):
-    """The latent is the embedded observation; the prior predicts its change. Parameters: mean [.., Z], log-std if stochastic.
+    """The latent is an estimate of the embedded observation; the prior predicts its change. Parameters: mean [.., Z], log-std if stochastic.
 
     The commanded pose inside it is not predicted but computed by `command`; of the arm the prior predicts which share of its way to the
     commanded pose it goes (none when something is in the way), so neither free motion nor contact drifts.
     """
 
-    def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, command: CommandedPose) -> None:
+    def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, gain: float, command: CommandedPose) -> None:
         super().__init__()
-        self.size, self.stochastic = embedding, stochastic
+        self.size, self.stochastic, self.gain = embedding, stochastic, gain
         self.outputs = embedding * (2 if stochastic else 1)
         self._command = (command,)  # the world model's own; in a tuple, so that its buffers are not stored twice
         self.prior_head = _head(deterministic + embedding + action, hidden, self.outputs + LAG.stop)
@@ -116,9 +117,10 @@ class ResidualLatent(nn.Module):
             return mean
         return torch.cat([mean, (out[..., self.size :] - 3).clamp(-7, 1)], -1)
 
-    def posterior(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """The embedding itself, [B, Z]: what is measured is not estimated again."""
-        return embedding
+    def posterior(self, h: Tensor, embedding: Tensor, prior: Tensor, fresh: Tensor) -> Tensor:
+        """`gain` of the way from the prior's mean to the embedding; the embedding itself where nothing was seen before (`fresh` [B]). [B, Z]."""
+        mean = self.mean(prior)
+        return mean + torch.where(fresh, 1.0, self.gain)[:, None] * (embedding - mean)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean [.., Z] of a prior or posterior."""
@@ -154,6 +156,10 @@ class RSSM(nn.Module):
         """The learnable state before anything was seen, [B, ..]."""
         return State(self.first_h.expand(batch, -1), self.first_z.expand(batch, -1))
 
+    def is_fresh(self, state: State) -> Tensor:
+        """Which states are still the initial one [B]."""
+        return (state.h == self.first_h).all(-1)
+
     def advance(self, state: State, action: Tensor) -> Tensor:
         """h after `action` [B, A]: [B, D]."""
         inputs = F.elu(self.norm(self.embed_latent(state.z) + self.embed_action(action)))
@@ -176,7 +182,8 @@ class RSSM(nn.Module):
     def observe(self, state: State, action: Tensor, embedding: Tensor, generator: torch.Generator | None = None) -> State:
         """One step with an observation embedding [B, E]: the latent is drawn from the posterior."""
         h = self.advance(state, action)
-        return State(h, self.latent.sample(self.latent.posterior(h, embedding), generator))
+        prior = self.latent.prior(h, state, action)
+        return State(h, self.latent.sample(self.latent.posterior(h, embedding, prior, self.is_fresh(state)), generator))
 
     def unroll(
         self, state: State, actions: Tensor, embeddings: Tensor, first: Tensor, observed: Tensor, generator: RandomSource = None
@@ -193,9 +200,10 @@ class RSSM(nn.Module):
             action = actions[:, t]
             if any_first[t]:
                 state = fresh.where(first[:, t], state)
+            previous = state
             h = self.advance(state, action)
             prior = self.latent.prior(h, state, action)
-            posterior = self.latent.posterior(h, embeddings[:, t])
+            posterior = self.latent.posterior(h, embeddings[:, t], prior, self.is_fresh(previous))
             z = self.latent.sample(posterior, generator)
             if not all_seen[t]:
                 z = torch.where(observed[:, t, None], z, self.latent.sample(prior, generator))
