@@ -260,7 +260,7 @@ class McapFile:
         chunk = Chunk.read(ReadDataStream(io.BytesIO(content)))
         where = f"a chunk at {chunk.message_start_time / 1e9:.3f} s of {self.path.name}"
         try:
-            data = _open_chunk(chunk)
+            data = unpack_chunk(chunk)
         except DAMAGE as error:
             self._note(f"{where} is damaged ({_first_line(error)}) and was left out")
             return []
@@ -372,7 +372,7 @@ def _read_records(stream: io.BufferedIOBase, size: int) -> Iterator[tuple[int, b
             raise ValueError("a record is cut off")
 
 
-def _open_chunk(chunk: Chunk) -> bytes:
+def unpack_chunk(chunk: Chunk) -> bytes:
     """The records in a chunk; of one that is cut off, the part that is there. Raises ValueError when they were changed."""
     if chunk.uncompressed_size > MAX_CHUNK_BYTES:
         raise ValueError(f"{chunk.uncompressed_size} bytes unpacked are too many")
