@@ -3,7 +3,7 @@
 The paper's figures: Chandra, Nematollahi et al., "DiWA: Diffusion Policy Adaptation with World Models", CoRL 2025, arXiv 2508.03645 (CALVIN
 environment D; DPPO on the world model's encoder). Ours are read: from the comparison.json of `diwa evaluate --pair`, and from the
 metrics.jsonl of `diwa dppo` runs (--run-dir FOLDER/<skill>; several per skill in folders of their own).
-`python benchmarks/diwa.py [--comparison reports/diwa/comparison.json] [--dppo FOLDER]`
+`python benchmarks/diwa.py [--comparison reports/diwa/comparison.json] [--dppo FOLDER] [--refits refit1/report/comparison.json]`
 """
 
 from __future__ import annotations
@@ -111,14 +111,36 @@ def our_cells(ours: SkillComparison | None, runs: list[OnlineRun]) -> list[str]:
     """Our columns."""
     if ours is None:
         return [NOT_RUN] * 5
-    spent = "not stated" if ours.environment_steps is None else f"{ours.environment_steps:,}"
     matched = [steps_to_match(run, ours.finetuned.value) for run in runs]
-    return [show(ours.base), show(ours.finetuned), show(ours.gain, "+"), spent, ", ".join(matched) or NOT_RUN]
+    return [show(ours.base), show(ours.finetuned), show(ours.gain, "+"), show_steps(ours), ", ".join(matched) or NOT_RUN]
 
 
 def show(estimate: Estimate, sign: str = "") -> str:
     """Per cent with the interval."""
     return f"{100 * estimate.value:{sign}.1f} [{100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f}]"
+
+
+def make_refit_table(comparison: Comparison, refits: list[tuple[Path, Comparison]]) -> list[str]:
+    """Markdown lines: fine-tuned without environment steps beside each refit and what it cost. Raises DataError on other starts."""
+    for path, refit in refits:
+        if (refit.split, refit.starts, refit.noise_seed) != (comparison.split, comparison.starts, comparison.noise_seed):
+            raise DataError(
+                f"{path}: expected the {comparison.starts} {comparison.split} starts of --comparison, found others. Run it again."
+            )
+    heads = ["skill", "offline: DiWA %", *(f"{path.parent.parent.name}: DiWA % | environment steps" for path, _ in refits)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * (2 + 2 * len(refits)) + "|"]
+    for row in comparison.skills:
+        cells = [row.skill, show(row.finetuned)]
+        for found in (refit.find(row.skill) for _, refit in refits):
+            cells += [NOT_RUN] * 2 if found is None else [show(found.finetuned), show_steps(found)]
+        lines.append(f"| {' | '.join(cells)} |")
+    means = [cell for _, refit in refits for cell in (show(refit.finetuned), "")]
+    return [*lines, f"| {' | '.join(['mean', show(comparison.finetuned), *means])} |"]
+
+
+def show_steps(row: SkillComparison) -> str:
+    """Environment steps that the fine-tuning spent."""
+    return "not stated" if row.environment_steps is None else f"{row.environment_steps:,}"
 
 
 def list_sources(path: Path, comparison: Comparison | None, folder: Path | None, online: dict[str, list[OnlineRun]]) -> list[str]:
@@ -148,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparison", type=Path, default=Path("reports/diwa/comparison.json"))
     parser.add_argument("--dppo", type=Path, help="folder with the run folders of `diwa dppo`")
+    parser.add_argument("--refits", type=Path, nargs="*", default=[], help="comparison.json of refits (refit<n>/report)")
     args = parser.parse_args(arguments)
     comparison = Comparison.read(args.comparison) if args.comparison.exists() else None
     online = read_online_runs(args.dppo) if args.dppo else {}
@@ -156,7 +179,10 @@ def main(arguments: list[str] | None = None) -> None:
         "",
         "Paper: arXiv 2508.03645; DPPO steps there are those of DPPO on the world model's encoder, about 30 starts per skill and seed.",
     ]
-    print("\n".join(lines + list_sources(args.comparison, comparison, args.dppo, online)))
+    lines += list_sources(args.comparison, comparison, args.dppo, online)
+    if comparison and args.refits:
+        lines += ["", *make_refit_table(comparison, [(path, Comparison.read(path)) for path in args.refits])]
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -303,6 +303,23 @@ def test_table_puts_ours_beside_the_papers(benchmark, figures, tmp_path, capsys)
     assert "means are over 2 skills only: not run are close_drawer" in printed and "training seeds 1, 2" in printed
 
 
+def test_refits_stand_beside_the_offline_figures_with_what_they_cost(benchmark, figures, tmp_path, capsys):
+    values = json.loads(figures.read_text())
+    refit = tmp_path / "refit1" / "report" / "comparison.json"
+    refit.parent.mkdir(parents=True)
+    for seed in values["skills"][0]["seeds"]:
+        seed |= {"finetuned": side(10), "environment_steps": 4321}
+    refit.write_text(json.dumps(values | {"skills": values["skills"][:1]}))
+    benchmark.main(["--comparison", str(figures), "--refits", str(refit)])
+    rows = read_rows(capsys.readouterr().out.split("| skill |")[-1])
+    offline, refitted, steps = rows["open_drawer"]
+    assert offline.startswith("90.0 [") and refitted.startswith("100.0 [") and steps == "4,321"
+    assert rows["turn_on_led"][1:] == ["not run", "not run"]
+    refit.write_text(json.dumps(values | {"split": "validation"}))
+    with pytest.raises(DataError, match="10 evaluation starts"):
+        benchmark.main(["--comparison", str(figures), "--refits", str(refit)])
+
+
 def test_table_says_what_was_not_run(benchmark, figures, tmp_path, capsys):
     benchmark.main(["--comparison", str(tmp_path / "none.json")])
     printed = capsys.readouterr().out

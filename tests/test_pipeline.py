@@ -244,6 +244,26 @@ def test_a_mapping_becomes_a_file_and_a_size_has_its_own_options(tmp_path):
     assert "--updates" not in make_stages(path, "small")["policies/seed1/open_drawer"].command
 
 
+def test_refits_follow_the_offline_stages_and_change_none_of_them(tmp_path):
+    models = {"more_models": {"judge": {"seed": 2}}}
+    before = make_stages(write_recipe(tmp_path / "recipe.yaml", **models))
+    flags = {"rounds": 2, "rollouts": {"episodes": 9}, "world_model": {"steps": 7}}
+    after = make_stages(write_recipe(tmp_path / "recipe.yaml", **models, refit=flags))
+    assert all(after[name].command == stage.command for name, stage in before.items())
+    new = [name for name in after if name not in before]
+    assert all(name.startswith(("refit1/", "refit2/")) for name in new) and list(after)[-len(new) :] == new
+    words = {name: stage.show(Path("")) for name, stage in after.items()}
+    record = words["refit2/rollouts"]
+    assert "--policies refit1/seed1/finetuned --skills open_drawer turn_on_led --record data/refit2 --split train --episodes 9" in record
+    assert "--play data/play data/play_scenes data/refit1 data/refit2 --init refit1/more_models/judge" in words["refit2/more_models/judge"]
+    assert words["refit2/more_models/judge"].endswith("--seed 2 --steps 7") and "--size" not in words["refit1/world_model"]
+    assert "--world-model refit2/world_model --more-models refit2/more_models/judge" in words["refit2/finetune/seed2/turn_on_led"]
+    assert "--rollouts data/rollouts" in words["refit1/report"]  # measured on what it never learned from
+    assert after["refit1/finetune/seed1/open_drawer"].group == "finetune"
+    for stage in after.values():
+        check_command(stage.words(Path("root")), "recipe")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -254,6 +274,9 @@ def test_a_mapping_becomes_a_file_and_a_size_has_its_own_options(tmp_path):
         ({"demos": {"per_skill": 4, "noise": 0.5}}, "seed"),
         ({"sizes": {"large": {}}}, "found 'large'"),
         ({"policy": {"seed": 3}}, "the pipeline gives --seed itself"),
+        ({"refit": {"rounds": -1}}, "refit.rounds: expected 0 (none) or more, found -1"),
+        ({"refit": {"round": 1}}, "Did you mean 'rounds'?"),
+        ({"refit": {"rounds": 1, "rollouts": {"split": "evaluation"}}}, "the pipeline gives --split itself"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, changes, message):
@@ -462,7 +485,7 @@ world_model:
     training: {steps: 80, batch: 8, horizons: [8], horizon_starts: [0.0], prefix: [4, 8], save_every_s: 0.0, autocast: false}
 policy: {per_skill: 2, updates: 20, hidden: 32}
 classifier: {windows: 40, config: {classifier: {updates: 30, teacher_updates: 10}}}
-finetune: {iterations: 2, batch: 16, judge_episodes: 16, report_episodes: 16, starts: 2}
+finetune: {iterations: 2, batch: 16, judge_episodes: 16, report_episodes: 16, starts: 2, keep_candidates: true}
 evaluate: {episodes: 1}
 rollouts: {episodes: 1, split: validation}
 report: {windows: 20}
@@ -494,6 +517,15 @@ def test_from_play_to_a_comparison_with_a_stop_on_the_way(tmp_path, capsys):
 
     assert main(words) == 0
     assert {line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[:-1]} == {"skip, unchanged"}
+
+    run_dir, world_model = root / "runs" / "seed1" / "finetune" / "turn_on_lightbulb", root / "world_model"
+    assert sorted(path.name for path in (run_dir / "candidates").iterdir()) == ["00000", "00002"]
+    choice = ["evaluate", "--world-model", str(world_model), "--candidates", str(run_dir), "--episodes", "2", "--workers", "2"]
+    assert main([*choice, "--out", str(tmp_path / "choice")]) == 0
+    found = json.loads((tmp_path / "choice" / "choice.json").read_text())
+    assert found["split"] == "validation" and found["runs"][0]["iterations"] == [0, 2] and len(found["runs"][0]["real"]) == 2
+    assert "2 candidates, rank correlation" in capsys.readouterr().out
+    assert main([*choice, "--split", "evaluation"]) == 2 and "validation starts" in capsys.readouterr().err
 
     recipe.write_text(TINY.replace("windows: 40", "windows: 50"))  # of the classifier
     assert main([*words, "--dry-run"]) == 0
