@@ -11,6 +11,7 @@ from pathlib import Path
 from diwa_core import __version__
 
 logger = logging.getLogger(__name__)
+LATER_FRAMES = 12  # how far into a demonstration a start to learn on may lie
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learn", type=int, help="how many of the skill's own demonstrations are starts to learn on (default: as many as were cloned)"
     )
-    parser.add_argument("--play", nargs="*", default=[], help="play stores: successful attempts at the skill begin in starts, too")
-    parser.add_argument("--starts", type=int, default=200, help="attempts used of each play store")
+    parser.add_argument("--play", nargs="*", default=[], help="play stores: their episodes begin in starts to learn on, too")
     parser.add_argument(
         "--threshold", type=float, help="probability from which a dreamt frame is a success, instead of the classifier's own"
     )
@@ -136,16 +136,16 @@ def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned
     """Banks of each model to learn on and to judge on: (starts, judge_starts)."""
     from diwa_core.cli.policy import demonstrations
     from diwa_core.data.store import PlayStore
-    from diwa_core.finetune.offline import attempt_windows, demonstration_windows, filter_starts, not_yet_done
+    from diwa_core.finetune.offline import beginning_windows, demonstration_windows, filter_starts, not_yet_done
     from diwa_core.sim.skills import SKILLS
 
     store, warmup = PlayStore.open(args.demos), models[0].config.warmup_frames
     own = demonstrations(store, SKILLS.index(skill), None)
     others = [episode for number in range(len(SKILLS)) if number != SKILLS.index(skill) for episode in demonstrations(store, number, None)]
-    judge_starts = [filter_starts(model, demonstration_windows(own[cloned:], warmup, seed=args.seed)) for model in models]
-    windows = demonstration_windows([*own[:cloned], *others], warmup, seed=args.seed)
+    judge_starts = [filter_starts(model, demonstration_windows(own[cloned:], warmup, spread=0)) for model in models]
+    windows = demonstration_windows([*own[:cloned], *others], warmup, LATER_FRAMES, args.seed)
     for path in args.play:
-        windows += attempt_windows(PlayStore.open(path), skill, warmup, args.starts, args.seed)
+        windows += beginning_windows(PlayStore.open(path), warmup)
     starts = [filter_starts(model, windows) for model in models]
     ready = not_yet_done(models[0], classifier, starts[0], judge_starts[0])
     logger.info("%s: %d starts to learn on, of %d recorded; %d to judge on", skill, ready.sum(), len(ready), len(judge_starts[0].h))

@@ -26,7 +26,6 @@ from diwa_core.imagination.dream import Dream
 from diwa_core.policy.demonstrations import filter_episode
 from diwa_core.policy.diffusion import DiffusionPolicy
 from diwa_core.reward.classifier import SuccessClassifier
-from diwa_core.sim.skills import SKILLS, skill_progress
 from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.probe import readout
 from diwa_core.world_model.rssm import State
@@ -86,9 +85,7 @@ class Imagination:
         return success.float().mean().item()
 
 
-def demonstration_windows(
-    episodes: list[dict[str, np.ndarray]], warmup: int, spread: int = 12, seed: int = 0
-) -> list[dict[str, np.ndarray]]:
+def demonstration_windows(episodes: list[dict[str, np.ndarray]], warmup: int, spread: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """The first `warmup` frames of each episode, as a deployment begins, and of beginnings up to `spread` frames later."""
     rng = np.random.default_rng(seed)
     windows = []
@@ -99,25 +96,10 @@ def demonstration_windows(
     return windows
 
 
-def attempt_windows(store: PlayStore, skill: str, warmup: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """`warmup` frames at the beginning of up to `count` attempts at `skill` in play: those that are marked and ended in success.
-
-    An attempt that succeeds began in a state in which the skill was possible and not yet done. Raises DataError without any.
-    """
-    labels = store.load(("skill", "scene_obs"))
-    number, found = SKILLS.index(skill), []
-    for start, end in store.episodes:
-        marked = np.flatnonzero(np.diff(labels["skill"][start:end] == number, prepend=False, append=False))
-        for first, last in start + marked.reshape(-1, 2):
-            scene = labels["scene_obs"][first:last]
-            if last - first >= 2 * warmup and skill_progress(skill, scene[0], scene).max() > 1:
-                found.append(int(first))
-    if not found:
-        raise DataError(f"{store.path}: expected successful attempts at '{skill}' in the play, found none. Record and mark some.")
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(found)[:count])
+def beginning_windows(store: PlayStore, warmup: int) -> list[dict[str, np.ndarray]]:
+    """The first `warmup` frames of each episode of play: the arm where it begins to work, in as many scenes as were recorded."""
     fields = [name for name in store.fields if name != "skill"]
-    return [{name: store.read(name, first, first + warmup) for name in fields} for first in chosen.tolist()]
+    return [{name: store.read(name, first, first + warmup) for name in fields} for first, end in store.episodes if end - first >= warmup]
 
 
 @torch.no_grad()

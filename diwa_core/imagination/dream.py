@@ -65,7 +65,7 @@ class Dream:
             raise ConfigError(
                 f"a dream of {len(models)} models needs starts of each (found {len(starts)}) and drivers among them: {drivers}."
             )
-        if not all(torch.equal(start.z, starts[0].z) for start in starts):
+        if not all(torch.equal(model.command.mean, models[0].command.mean) for model in models):
             raise ConfigError("the models of a dream must share their embedding; train them with `diwa world-model train --codes`.")
         self.models, self.classifier, self.starts, self.batch, self.max_chunks = models, classifier, starts, batch, max_chunks
         if misplaced_m and models[0].config.latent != "residual":

@@ -254,8 +254,9 @@ class Builder:
         base, classifier, out = (at.seed(seed) / part / skill for part in ("policies", "classifiers", "finetuned"))
         run_dir = At("runs") / at.seed(seed) / "finetune" / skill
         command = ("diwa", "finetune", "--world-model", at.world_model, *self._more_models(at), "--policy", base)
-        command += ("--classifier", classifier, "--demos", DEMOS, "--seed", str(seed), "--run-dir", run_dir, "--out", out)
-        inputs = (at.world_model, *self.more_models(at), base, classifier, DEMOS)
+        command += ("--classifier", classifier, "--demos", DEMOS, "--play", *at.play)
+        command += ("--seed", str(seed), "--run-dir", run_dir, "--out", out)
+        inputs = (at.world_model, *self.more_models(at), base, classifier, DEMOS, *at.play)
         name = at.stage(f"finetune/seed{seed}/{skill}")
         return self._make(name, command, self.recipe.finetune, inputs, (out,), keeps=(run_dir,), resumes=True, device=True)
 

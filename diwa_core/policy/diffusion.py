@@ -73,7 +73,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(config.feature_size))
         self.register_buffer("feature_std", torch.ones(config.feature_size))
 
-    def set_feature_statistics(self, features: Tensor, min_std: float = 1e-2) -> None:
+    def set_feature_statistics(self, features: Tensor, min_std: float = 0.1) -> None:
         """Take mean and deviation from the training features [N, F]; nearly constant features are not blown up."""
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0, correction=0).clamp(min=min_std))
