@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-verb each."""
     verbs = parser.add_subparsers(dest="data_verb", metavar="verb", required=True)
     _add_import(verbs.add_parser("import", help="rosbags into a play store; stopped, the same command goes on"))
+    _add_calvin(verbs.add_parser("import-calvin", help="CALVIN's own data set into a play store; stopped, the same command goes on"))
+    _add_info(verbs.add_parser("info", help="an HTML report of a play store"))
+    _add_export(verbs.add_parser("export", help="a play store into a LeRobot data set (v3.0)"))
     _add_recover(verbs.add_parser("recover", help="make bags whole whose recording was killed"))
 
 
@@ -93,8 +96,50 @@ def _read_renames(pairs: list[str]) -> dict[str, str]:
     return renamed
 
 
-def check_free(path: str) -> Path:
-    """The path for something new. Raises ConfigError when there is something already."""
-    if Path(path).exists():
-        raise ConfigError(f"{path}: expected a free path, found something there. Choose another or remove it.")
-    return Path(path)
+def _add_calvin(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run_data=_run_calvin)
+    parser.add_argument("folder", help="training/ or validation/ of the data set, with episode_*.npz and ep_start_end_ids.npy")
+    parser.add_argument("--out", required=True, metavar="STORE")
+
+
+def _run_calvin(args: argparse.Namespace) -> int:
+    from diwa_core.data.calvin_import import import_calvin
+
+    with stage_progress() as progress:
+        report = import_calvin(args.folder, args.out, progress)
+    for text in report.notes:
+        print(f"  {text}")
+    print(f"{args.out}: {len(report.store.episodes)} episodes, {len(report.store)} frames, {report.labelled} of them labelled with a skill")
+    return 0
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run_data=_run_info)
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("--out", metavar="HTML", help="default: data_info.html in the working folder")
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from diwa_core.data.info import describe_store, write_report
+    from diwa_core.data.store import PlayStore
+
+    store, out = PlayStore.open(args.store), Path(args.out or "data_info.html")
+    print(describe_store(store))
+    write_report(store, out)
+    print(f"report: {out}")
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run_data=_run_export)
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from diwa_core.data.lerobot_export import export_lerobot
+    from diwa_core.data.store import PlayStore
+
+    with stage_progress() as progress:
+        print(f"LeRobot data set: {export_lerobot(PlayStore.open(args.store), args.out, progress)}")
+    return 0
