@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from diwa_core.cli.preflight import Finding, check_machine
+from diwa_core.cli.robot_doctor import examine_robot
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = "make setup"
@@ -18,12 +19,13 @@ EXIT_MISSING = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    parser.add_argument("--robot", metavar="ADDRESS", help="examine a Franka, the line to it and this machine's fitness to control it")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder with world_model/ and policies/")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per finding; exit code 1 if something is missing."""
-    findings = examine(args.checkpoints)
+    findings = examine_robot(args.robot) if args.robot else examine(args.checkpoints)
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{'ok     ' if finding.ok else 'MISSING'} {finding.name:{width}}  {finding.found}")
