@@ -73,9 +73,10 @@ class EpisodeAudit:
         length_ns = end_ns - begin_ns
         if self.real_time and self.first_log_ns:
             length_ns = max(length_ns, end_log_ns - self.first_log_ns)
-        expected = round(length_ns * self.rate_hz / 1e9) + 1 if heard else 1
-        missing = {topic: max(0, expected - stream.frames - SLACK_FRAMES) for topic, stream in self.streams.items()}
-        missing |= {topic: 1 for topic, stream in self.streams.items() if not stream.frames and not missing[topic]}
+        sent = (stream.frames + dropped.get(topic, 0) for topic, stream in self.streams.items())
+        expected = max(round(length_ns * self.rate_hz / 1e9) + 1 if heard else 1, *sent)
+        missing = {topic: max(expected - stream.frames - SLACK_FRAMES, dropped.get(topic, 0), 0) for topic, stream in self.streams.items()}
+        missing |= {topic: expected for topic, stream in self.streams.items() if not stream.frames}
         return Episode(
             index,
             outcome,

@@ -11,12 +11,10 @@ import zlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from struct import error as StructError
 from typing import IO
 
 import yaml
 from mcap.data_stream import ReadDataStream, RecordBuilder
-from mcap.exceptions import McapError
 from mcap.opcode import Opcode
 from mcap.records import (
     Attachment,
@@ -34,9 +32,7 @@ from mcap.records import (
     Statistics,
     SummaryOffset,
 )
-from mcap.stream_reader import breakup_chunk
 from mcap.writer import MCAP0_MAGIC
-from zstandard import ZstdError
 
 from diwa_core.data.bag_audit import EpisodeAudit
 from diwa_core.data.bag_format import (
@@ -51,14 +47,11 @@ from diwa_core.data.bag_format import (
     rosbag2_information,
     write_metadata,
 )
+from diwa_core.data.bag_reader import DAMAGE, unpack_chunk
 from diwa_core.errors import DataError, DiwaError
 
 HEADER_BYTES = 9  # opcode and length of a record
-MAX_CHUNK_BYTES = 1 << 30  # of one chunk, unpacked; a damaged length must not take all memory
-DAMAGED = (  # what readers of damaged data raise: each library has its own ways
-    *(McapError, DiwaError, ZstdError, StructError, ValueError, OverflowError, KeyError, IndexError, TypeError, AttributeError),
-    *(RuntimeError, EOFError, MemoryError, AssertionError),
-)
+DAMAGED = (*DAMAGE, DiwaError)
 NOTE = "recovered: the recording ended without being closed"
 OURS = (CONTRACT, CHECKPOINTS, EPISODES, RECORDING)
 
@@ -123,7 +116,10 @@ def recover_bag(bag: str | Path) -> RecoveredBag:
 
 @dataclass
 class FileScan:
-    """What is whole in one MCAP file. spans: [begin, end) of good records, merged; one span where only the end is torn."""
+    """What is whole in one MCAP file. spans: [begin, end) of good records, merged; one span where only the end is torn.
+
+    index: of the last chunk while its index records follow, channel -> (time, offset).
+    """
 
     spans: list[tuple[int, int]] = field(default_factory=list)
     complete: bool = False
@@ -135,6 +131,12 @@ class FileScan:
     chunks: list[ChunkIndex] = field(default_factory=list)
     attachments: list[AttachmentIndex] = field(default_factory=list)
     metadata: list[MetadataIndex] = field(default_factory=list)
+    index: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def chunk_end(self) -> int:
+        """Where the last chunk and as much of its index as was read end."""
+        return self.chunks[-1].chunk_start_offset + self.chunks[-1].chunk_length + self.chunks[-1].message_index_length
 
     def topics(self) -> list[BagTopic]:
         """Topics of the file, described as it does."""
@@ -152,6 +154,14 @@ class FileScan:
         if self.spans and self.spans[-1][1] == begin:
             begin = self.spans.pop()[0]
         self.spans.append((begin, end))
+
+    def drop_from(self, begin: int) -> None:
+        """Forget the good records behind `begin`, inside or at the end of the last ones."""
+        end = self.spans[-1][1]
+        while self.spans[-1][0] >= begin:
+            self.spans.pop()
+        self.lost_bytes += end - begin
+        self.spans[-1] = (self.spans[-1][0], begin)
 
 
 def scan_file(path: Path, recording: Recording) -> FileScan:
@@ -203,23 +213,20 @@ class _Scanner:
         scan, length = self.scan, end - begin - HEADER_BYTES
         if opcode in (Opcode.HEADER, Opcode.FOOTER):
             return
-        if opcode == Opcode.MESSAGE_INDEX:
-            index = MessageIndex.read(ReadDataStream(BytesIO(stream.read(length))))
-            chunk = scan.chunks[-1] if scan.chunks else None
-            if chunk and begin == chunk.chunk_start_offset + chunk.chunk_length + chunk.message_index_length:
-                chunk.message_index_offsets[index.channel_id] = begin
-                chunk.message_index_length += end - begin
-            return
         data = stream.read(length)
+        if opcode == Opcode.MESSAGE_INDEX:
+            self._take_index(MessageIndex.read(ReadDataStream(BytesIO(data))), begin, end)
+            return
+        self._check_index()
         record = ReadDataStream(BytesIO(data))
         if opcode == Opcode.CHUNK:
             self._take_chunk(Chunk.read(record), begin, end)
         elif opcode == Opcode.SCHEMA:
-            self._take_records([Schema.read(record)])
+            self._take_records([Schema.read(record)], [0])
         elif opcode == Opcode.CHANNEL:
-            self._take_records([Channel.read(record)])
+            self._take_records([Channel.read(record)], [0])
         elif opcode == Opcode.MESSAGE:
-            self._take_records([Message.read(record, length)])
+            self._take_records([Message.read(record, length)], [0])
         elif opcode == Opcode.ATTACHMENT:
             if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
                 raise ValueError("attachment")
@@ -234,9 +241,10 @@ class _Scanner:
             scan.metadata.append(MetadataIndex(offset=begin, length=end - begin, name=item.name))
 
     def _take_chunk(self, chunk: Chunk, begin: int, end: int) -> None:
-        if chunk.uncompressed_size > MAX_CHUNK_BYTES:
+        data = unpack_chunk(chunk)
+        if len(data) != chunk.uncompressed_size:
             raise ValueError("chunk")
-        self._take_records(breakup_chunk(chunk, validate_crc=True))
+        self.scan.index = self._take_records(*_split_chunk(data))
         self.scan.chunks.append(
             ChunkIndex(
                 chunk_length=end - begin,
@@ -251,20 +259,40 @@ class _Scanner:
             )
         )
 
-    def _take_records(self, records: list) -> None:
+    def _take_index(self, index: MessageIndex, begin: int, end: int) -> None:
+        """An index has no checksum, but what it must be is known."""
+        scan, chunk = self.scan, self.scan.chunks[-1]
+        if begin != scan.chunk_end or index.records != scan.index.get(index.channel_id):
+            raise ValueError("index")
+        chunk.message_index_offsets[index.channel_id] = begin
+        chunk.message_index_length += end - begin
+
+    def _check_index(self) -> None:
+        """Leave a chunk out whose index is not whole: readers would not find its messages. (The last one's index is written anew.)"""
         scan = self.scan
-        for record in records:
-            if isinstance(record, Schema):
-                scan.schemas[record.id] = record
-            elif isinstance(record, Channel):
-                scan.channels[record.id] = record
-                scan.counts.counts.setdefault(record.topic, 0)
-            else:
-                topic = scan.channels[record.channel_id].topic
+        if scan.index and scan.chunks and 0 < len(scan.chunks[-1].message_index_offsets) < len(scan.index):
+            scan.drop_from(scan.chunks[-1].chunk_start_offset)
+        scan.index = {}
+
+    def _take_records(self, records: list, offsets: list[int]) -> dict[int, list[tuple[int, int]]]:
+        """Count records; returns the index of their messages: channel -> (time, offset)."""
+        scan, index = self.scan, {}
+        scan.schemas |= {record.id: record for record in records if isinstance(record, Schema)}
+        channels = scan.channels | {record.id: record for record in records if isinstance(record, Channel)}
+        if any(record.channel_id not in channels for record in records if isinstance(record, Message)):
+            raise ValueError("message without a channel")
+        scan.channels = channels
+        for channel in channels.values():
+            scan.counts.counts.setdefault(channel.topic, 0)
+        for record, offset in zip(records, offsets, strict=True):
+            if isinstance(record, Message):
+                topic = channels[record.channel_id].topic
                 scan.counts.add(topic, record.log_time)
                 scan.channel_counts[record.channel_id] = scan.channel_counts.get(record.channel_id, 0) + 1
+                index.setdefault(record.channel_id, []).append((record.log_time, offset))
                 if self.audit:
                     self.audit.take(topic, record.log_time, record.data)
+        return index
 
     def _take_ours(self, item: Metadata) -> None:
         self.recording.take_record(item.name, item.metadata)
@@ -272,6 +300,23 @@ class _Scanner:
             self.audit = EpisodeAudit(self.recording.contract, real_time=False)
         elif item.name == EPISODES and self.audit:
             self.audit.begin()
+
+
+def _split_chunk(data: bytes) -> tuple[list, list[int]]:
+    """Records of an unpacked chunk and their offsets in it."""
+    stream, records, offsets = ReadDataStream(BytesIO(data)), [], []
+    while stream.count < len(data):
+        offset = stream.count
+        opcode, length = stream.read1(), stream.read8()
+        if opcode == Opcode.MESSAGE:
+            records.append(Message.read(stream, length))
+        elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+            records.append((Schema if opcode == Opcode.SCHEMA else Channel).read(stream))
+        else:
+            stream.read(length)
+            continue
+        offsets.append(offset)
+    return records, offsets
 
 
 def _used_bytes(stream: IO[bytes], begin: int, end: int) -> int:
@@ -308,9 +353,16 @@ def _copy_spans(path: Path, spans: list[tuple[int, int]]) -> Path:
 def _write_end(path: Path, scan: FileScan) -> None:
     """Cut the torn end off and write the summary of what is left."""
     begin = scan.spans[0][1]
-    data_end = RecordBuilder()
-    DataEnd(0).write(data_end)
-    opening = data_end.end()
+    closing = RecordBuilder()
+    if scan.index and scan.chunk_end == begin:
+        chunk = scan.chunks[-1]
+        begin, chunk.message_index_length = begin - chunk.message_index_length, 0
+        for channel, entries in scan.index.items():
+            chunk.message_index_offsets[channel] = begin + closing.count
+            MessageIndex(channel, entries).write(closing)
+        chunk.message_index_length = closing.count
+    DataEnd(0).write(closing)
+    opening = closing.end()
     start = begin + len(opening)
     summary, offsets = RecordBuilder(), []
     groups = (
