@@ -171,6 +171,7 @@ class FrankaArm:
         self._aim: Aim | None = None
         self._aimed_s = 0.0
         self._source: np.ndarray | None = None
+        self._robot = self._tracker = None
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._connector = Connector()
         self._ending = threading.Event()
@@ -222,7 +223,7 @@ class FrankaArm:
                 self._enter(Phase.DISCONNECTED, str(error))
             except Exception as error:
                 self._enter(Phase.DISCONNECTED, f"the link was lost: {describe(error)}")
-            self.commanded = self._aim = None
+            self.commanded = self._aim = self._robot = self._tracker = None  # a robot serves one client: this one must be gone
             self._ending.wait(RETRY_S)
 
     def _session(self, robot: Any) -> None:
@@ -233,7 +234,7 @@ class FrankaArm:
         self._enter(Phase.READY, "ready")
         period_s, steps = 1.0 / self.config.stream_hz, 0
         due_s = time.monotonic()
-        while not self._ending.is_set():
+        while not self._ending.is_set() or self._comes_to_rest():
             self._read_state()
             self._judge_mode()
             self._serve()
@@ -245,7 +246,11 @@ class FrankaArm:
                 self._begin_streaming()
             steps += 1
             due_s = self._wait(due_s + period_s, period_s)
+
+    def _comes_to_rest(self) -> bool:
+        """Whether the arm must be served a little longer before the thread may end."""
         self._end_streaming()
+        return self.phase is Phase.STOPPING
 
     def _wait(self, due_s: float, period_s: float) -> float:
         """Sleep until `due_s`; periods missed are skipped, not made up for."""
