@@ -72,10 +72,8 @@ def private_environment() -> dict[str, str]:
     """Variables that keep a test's graph to itself and check every field of every message."""
     return {
         "ROS_DOMAIN_ID": str(find_quiet_domain()),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTDDS_DEFAULT_PROFILES_FILE": str(Path(__file__).parents[1] / "config" / "fastdds.xml"),
+        **load_graph("deploy").resolve()[0].environment,
         "ROS_PYTHON_CHECK_FIELDS": "1",
-        "OMP_NUM_THREADS": "1",
     }
 
 
