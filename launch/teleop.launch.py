@@ -8,6 +8,7 @@ from launch.actions import DeclareLaunchArgument
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration, PythonExpression
 from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
 
 DRIVERS = {"joy": ("joy", "joy_node"), "spacenav": ("spacenav", "spacenav_node")}  # device -> package and executable
 
@@ -30,6 +31,7 @@ def generate_launch_description() -> LaunchDescription:
         )
         for device, (package, executable) in DRIVERS.items()
     ]
-    names = ("joy_map", "skill", "speed")
-    teleop = Node(package="diwa_ros", executable="teleop", parameters=[{"source": "joy", **{n: LaunchConfiguration(n) for n in names}}])
+    types = {"joy_map": str, "skill": str, "speed": float}
+    parameters = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in types.items()}
+    teleop = Node(package="diwa_ros", executable="teleop", parameters=[{"source": "joy", **parameters}])
     return LaunchDescription([*arguments, *drivers, teleop])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from rclpy.action import ActionClient
 from rclpy.parameter import Parameter
 from ros_support import Probe, private_graph
 
+from diwa_core import tether
 from diwa_core.checkpoint import load_checkpoint
 from diwa_core.cli.pipeline import check_command
 from diwa_core.contract import Contract
@@ -34,6 +37,13 @@ from diwa_ros.finetune import FinetuneNode
 
 SKILL, OTHER = "open_drawer", "close_drawer"
 TINY = replace(SIZES["small"], code_sizes=(6, 5), deterministic=12, hidden=12)
+BACKGROUND_SCRIPT = """
+import os, subprocess, sys
+show = "import os; p = '/proc/self/autogroup'; "
+show += "print(os.sched_getscheduler(0), os.nice(0), open(p).read() if os.path.exists(p) else 'none')"
+words = [sys.executable, "-S", "-E", sys.argv[1], str(os.getpid()), sys.executable, "-S", "-c", show]
+subprocess.run(words, start_new_session=True, check=True)
+"""
 RECIPE = {"finetune": {"batch": 4, "judge_episodes": 8, "report_episodes": 8, "finetuned_steps": 2, "threshold": 0.99}}
 
 
@@ -82,7 +92,7 @@ def test_attempts_end_with_the_success_and_failures_are_left_out(tmp_path):
     shut = np.zeros(24)
     parts = [episode(), episode(drawer=shut), episode(skill=OTHER, drawer=np.linspace(0.2, 0, 24))]
     play = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    play["skill"][20:24] = -1  # nothing is attempted any more
+    play["skill"][20:24] = play["skill"][44:48] = -1  # nothing is attempted
     number, other = SKILLS.index(SKILL), SKILLS.index(OTHER)
     opened = int(np.flatnonzero(play["scene_obs"][:24, DRAWER] > 0.12)[0])
     closed = 48 + int(np.flatnonzero(play["scene_obs"][48:, DRAWER] < 0.08)[0])
@@ -163,6 +173,15 @@ def test_too_few_attempts_to_judge_on_and_failing_stages_are_told(inputs, tmp_pa
         retrain(request(inputs, stores=(str(failed.path),)), tmp_path / "run2", lambda line: None)
 
 
+def test_background_work_steps_aside_with_all_it_tethers():
+    """The child of a tethered child, in a session of its own, as the stages of a worker are."""
+    words = [sys.executable, "-S", "-E", tether.__file__, str(os.getpid()), sys.executable, "-S", "-c", BACKGROUND_SCRIPT, tether.__file__]
+    told = subprocess.run(words, env={**os.environ, tether.BACKGROUND: "1"}, capture_output=True, text=True, check=True, timeout=150)
+    scheduler, niceness, *group = told.stdout.split()
+    assert (int(scheduler), int(niceness)) == (os.SCHED_IDLE, 19)
+    assert group[1:] in ([], ["nice", "19"])
+
+
 # -- the node ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +192,8 @@ def test_the_node_refuses_a_second_goal_survives_a_kill_cancels_and_goes_on(inpu
     with private_graph():
         probe, feedback = Probe(), []
         values = {"checkpoints": str(inputs / "checkpoints"), "runs": str(tmp_path), "recipe": str(inputs / "recipe.yaml")}
-        node = FinetuneNode(parameter_overrides=[Parameter(name, value=value) for name, value in values.items()])
+        overrides = [Parameter(name, value=value) for name, value in {**values, "background": False}.items()]
+        node = FinetuneNode(parameter_overrides=overrides)
         node.start()
         probe.add(node)
         client = ActionClient(probe.node, Finetune, "finetune")
@@ -186,7 +206,7 @@ def test_the_node_refuses_a_second_goal_survives_a_kill_cancels_and_goes_on(inpu
             return sent.result()
 
         def refusal() -> str:
-            return probe.diagnostics["finetune: finetune"][1]
+            return probe.diagnostics.get("finetune: finetune", (b"", ""))[1]
 
         first = send(100_000)
         assert first.accepted
@@ -195,8 +215,6 @@ def test_the_node_refuses_a_second_goal_survives_a_kill_cancels_and_goes_on(inpu
         probe.until(lambda: any(np.isfinite(f.held_out) for f in feedback), 600)
         last = feedback[-1]
         assert (last.stage, last.stages_done, last.stages) == ("finetune", 1, 2) and 0 <= last.imagined <= 1
-        assert os.sched_getscheduler(node.worker.popen.pid) == os.SCHED_IDLE
-
         killed = node.worker.popen.pid
         os.kill(killed, signal.SIGKILL)
         probe.until(lambda: node.worker.popen.pid != killed and feedback.clear() is None, 60)

@@ -39,7 +39,7 @@ def test_the_loop_closes(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     words = ["loop", "--lockstep", "--skill", SKILL, "--checkpoint", str(checkpoints), "--recipe", str(tmp_path / "recipe.yaml")]
     words += ["--demonstrations", "4", "--noise", "0", "--play-ticks", "30", "--iterations", "10", "--minutes", "0", "--episodes", "2"]
-    words += ["--workers", "1", "--out", str(tmp_path / "out"), "--folder", str(tmp_path / "runs")]
+    words += ["--fair-share", "--workers", "1", "--out", str(tmp_path / "out"), "--folder", str(tmp_path / "runs")]
     assert main(words) == 0
     told = json.loads((tmp_path / "out" / "loop.json").read_text())
     assert (told["successes"], told["retrained"]["attempts"], told["retrained"]["base"]) == (4, {SKILL: 4}, base_identity)

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="", help="YAML with the options of the retraining (default: config/retrain.yaml)")
     parser.add_argument("--episodes", type=int, default=100, help="starts on which before and after are measured")
     parser.add_argument("--workers", type=int, help="processes that measure (default: one per core)")
+    parser.add_argument("--fair-share", action="store_true", help="retrain at ordinary priority, where other work would leave it nothing")
     parser.add_argument("--lockstep", action="store_true", help="the simulation waits for every command, instead of 30 Hz on the clock")
     parser.add_argument("--out", type=Path, default=Path("reports/loop"), help="folder of report.html, comparison.json and loop.json")
     parser.add_argument("--folder", type=Path, default=Path("runs/loop"), help="folder of bags, runs and logs")
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.minutes,
         args.recipe,
         not args.lockstep,
+        not args.fair_share,
         args.folder.absolute(),
     )
     with collect_signals() as stops:
@@ -140,10 +142,11 @@ def robot_section(record: LoopRecord, lockstep: bool, seconds: float) -> str:
     def show(ticks: Any) -> str:
         return "no clock: lock-step" if lockstep else f"{ticks.missed} of {ticks.total} ticks missed"
 
+    worked = f"{record.worked} episodes with the base policy, {record.worked_well} succeeded, {record.lost} given up"
     rows = [
         [
             "While retraining",
-            f"{record.worked} episodes with the base policy, {record.worked_well} succeeded; {show(record.while_retraining)}",
+            f"{worked}; {show(record.while_retraining)}",
         ],
         ["While swapping", f"answered after {record.swap_ms:.0f} ms with the arm moving; {show(record.while_swapping)}"],
         *[[f"Time to {step}", f"{spent:.0f} s"] for step, spent in record.seconds.items()],

@@ -42,6 +42,7 @@ class FinetuneNode(DiwaNode):
     PARAMETERS = (
         Parameter("checkpoints", "checkpoints", "Folder with world_model/, policies/ and classifiers/ to begin from."),
         Parameter("recipe", "", "YAML with the options of the stages; empty: config/retrain.yaml."),
+        Parameter("background", True, "The worker takes only what others leave of the processor; false: its fair share."),
         Parameter("runs", "runs/finetune", "Folder in which every run gets its own."),
     )
 
@@ -115,7 +116,7 @@ class FinetuneNode(DiwaNode):
         self.goal, folder = goal, self.runs / (goal.request.name or self.request.name)
         self.told_s = 0.0
         try:
-            self.worker = Worker(self.request, folder, goal.request.budget_minutes)
+            self.worker = Worker(self.request, folder, goal.request.budget_minutes, self.parameters["background"])
             self.get_logger().info(f"'{self.request.skill}': working in {folder}")
         except OSError as error:
             self.finish(False, f"{folder}: the worker cannot be started there: {error}")
@@ -168,9 +169,10 @@ class FinetuneNode(DiwaNode):
 
 
 class Worker:
-    """`diwa retrain` in the background, a session of its own; it gets SIGTERM when this process dies."""
+    """`diwa retrain` in a session of its own; it gets SIGTERM when this process dies."""
 
-    def __init__(self, request: Request, folder: Path, budget_minutes: float) -> None:
+    def __init__(self, request: Request, folder: Path, budget_minutes: float, background: bool) -> None:
+        self.background = background
         self.folder, self.log = folder, folder / "worker.log"
         self.request, self.budget_minutes = request, budget_minutes
         self.began_s, self.restarts, self.stopping = time.monotonic(), 0, False
@@ -238,13 +240,14 @@ class Worker:
         if self.budget_minutes:
             left = self.budget_minutes - (time.monotonic() - self.began_s) / 60
             words += ["--max-minutes", f"{max(left, 0.01):.2f}"]
+        priority = {tether.BACKGROUND: "1"} if self.background else {}
         with self.log.open("a") as log:
             return subprocess.Popen(
                 [sys.executable, "-S", "-E", tether.__file__, str(os.getpid()), sys.executable, "-m", "diwa_core.cli.main", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", tether.BACKGROUND: "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **priority},
                 start_new_session=True,
             )
 

@@ -27,6 +27,7 @@ from diwa_ros.up import GraphRunner
 
 OPERATOR_SEED = 11  # of the demonstrations; the shipped ones have others
 ANSWER_S = 60.0
+MOST_LOST = 3  # episodes in a row that the graph gives up, until the loop does
 MOST_ATTEMPTS = 4  # for each demonstration that is wanted
 SWAP_STEPS = 300  # of the run during which the policy is exchanged
 
@@ -51,6 +52,7 @@ class LoopPlan:
     minutes: float = 0.0
     recipe: str = ""
     real_time: bool = True
+    background: bool = True  # retrain on what others leave of the processor
     folder: Path = Path("runs/loop")
 
 
@@ -64,13 +66,15 @@ class Ticks:
 
 @dataclass
 class LoopRecord:
-    """What happened. seconds: by step; worked: episodes of the base policy during the retraining and how many succeeded."""
+    """What happened. seconds: by step; worked, worked_well, lost: episodes of the base policy during the retraining that ended, that
+    succeeded, and that the graph gave up."""
 
     bag: str = ""
     attempts: int = 0
     successes: int = 0
     worked: int = 0
     worked_well: int = 0
+    lost: int = 0
     while_retraining: Ticks = field(default_factory=Ticks)
     while_swapping: Ticks = field(default_factory=Ticks)
     swap_ms: float = 0.0
@@ -85,7 +89,7 @@ def run_loop(plan: LoopPlan, say: Callable[[str], None], stops: list[int]) -> Lo
     mode = "real_time" if plan.real_time else "lockstep"
     given = {"mode": mode, "checkpoint": str(plan.checkpoint), "commands_from": "policy, scripted_play"}
     processes = load_graph("deploy").resolve({"sim": True, **given})
-    folders = {"bags": str(plan.folder / "bags"), "runs": str(plan.folder / "runs"), "recipe": plan.recipe}
+    folders = {"bags": str(plan.folder / "bags"), "runs": str(plan.folder / "runs"), "recipe": plan.recipe, "background": plan.background}
     processes += load_graph("loop").resolve({"mode": mode, "checkpoint": str(plan.checkpoint), **folders})
     join_graph(processes)
     runner = GraphRunner(processes, plan.folder / "logs")
@@ -156,10 +160,17 @@ class Loop:
         if not handle.accepted:
             raise DataError("finetune: the goal was refused; the log of the finetune node says why.")
         ended, before = handle.get_result_async(), self.state
+        lost = 0  # in a row
         while not ended.done():
-            index = record.worked
-            outcome = self.evaluator.run_episode(GraphEpisode(plan.skill, index, "validation", noise_seed=noise_seed(0, index)))
-            record.worked, record.worked_well = index + 1, record.worked_well + outcome.success
+            index = record.worked + record.lost
+            try:
+                outcome = self.evaluator.run_episode(GraphEpisode(plan.skill, index, "validation", noise_seed=noise_seed(0, index)))
+                record.worked, record.worked_well, lost = record.worked + 1, record.worked_well + outcome.success, 0
+            except DataError as error:
+                record.lost, lost = record.lost + 1, lost + 1
+                self.say(f"    an episode was given up: {error}")
+                if lost == MOST_LOST:
+                    raise
         record.while_retraining = self.count_ticks(before)
         result = ended.result().result
         if not result.success:
@@ -208,7 +219,8 @@ class Loop:
 
     def _take_feedback(self, message: Finetune.Impl.FeedbackMessage) -> None:
         feedback = message.feedback
-        self.say(f"    {feedback.stage} {100 * feedback.progress:.0f} % (stage {feedback.stages_done + 1} of {feedback.stages})")
+        if feedback.stages:
+            self.say(f"    {feedback.stage} {100 * feedback.progress:.0f} % (stage {feedback.stages_done + 1} of {feedback.stages})")
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Serve the graph until `condition` holds. Raises DataError."""
