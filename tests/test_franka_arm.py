@@ -162,7 +162,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_the_hand_closes_opens_and_reports_a_gripper_that_never_answers(fake: FakeRobot) -> None:
     fake.inject(Fault.NONE)
-    hand = FrankaHand(replace(CONFIG, gripper=replace(CONFIG.gripper, timeout_s=3.0)))
+    hand = FrankaHand(replace(CONFIG, gripper=replace(CONFIG.gripper, timeout_s=15.0)))
     hand.start()
     wait(lambda: not hand.problem)
     hand.ask(False)

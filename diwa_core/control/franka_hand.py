@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from diwa_core.control.franka_arm import RETRY_S, Connector, describe, import_franky
@@ -12,6 +13,7 @@ from diwa_core.control.robot_config import RobotConfig
 
 LOGGER = logging.getLogger(__name__)
 PERIOD_S = 0.05
+STOP_S = 1.0
 ANY_WIDTH = 1.0  # m, tolerance of a grasp: what is between the fingers has a width that nobody told us
 CLOSED_WIDTH_M = 0.0
 
@@ -64,21 +66,28 @@ class FrankaHand:
             self._ending.wait(RETRY_S)
 
     def _serve(self, hand: Any) -> None:
-        """Serve until an error, or a command that is never answered: then the connection is given up and made anew."""
-        self.problem, done, running, began_s = "", None, None, 0.0
+        """Serve until an error. A command without an answer is reported and stopped; no other is sent before it has ended."""
+        self.problem, done, running, due_s, began_s = "", None, None, 0.0, 0.0
         while not self._ending.wait(PERIOD_S):
             now_s = time.monotonic()
             if running is not None and running.wait(0.0):
-                self._take_result(running)
+                done = done if self._take_result(running) else None
                 running = None
-            if running is not None and now_s - began_s > self.config.timeout_s:
-                self.problem = f"no answer to a command for {self.config.timeout_s:g} s"
-                return
+            if running is not None and now_s > due_s:
+                self.problem = f"no answer to a command for {self.config.timeout_s:g} s; trying to stop it"
+                due_s = now_s + self.config.timeout_s
+                self._try_stop(hand)
             self.width_m = hand.state.width
             wanted = self._asked_open
             if running is None and wanted is not None and wanted != done and now_s - began_s >= self.config.dwell_s:
                 running, done, began_s = self._begin(hand, wanted), wanted, now_s
+                due_s = now_s + self.config.timeout_s
                 self.commands += 1
+
+    def _try_stop(self, hand: Any) -> None:
+        """Stop what is in flight, which ends it; a hand that is dead does not answer that either."""
+        with suppress(Exception):
+            self._connector.connect(hand.stop, STOP_S, "gripper")
 
     def _begin(self, hand: Any, is_open: bool) -> Any:
         if is_open:
@@ -87,8 +96,10 @@ class FrankaHand:
             CLOSED_WIDTH_M, self.config.speed_m_s, self.config.force_n, epsilon_inner=ANY_WIDTH, epsilon_outer=ANY_WIDTH
         )
 
-    def _take_result(self, running: Any) -> None:
+    def _take_result(self, running: Any) -> bool:
+        """Whether a command that has ended did what it should."""
         try:
-            self.problem = "" if running.get() else "the gripper says that it did not reach what it should"
+            self.problem = "" if running.get() else "the gripper did not reach what it should"
         except Exception as error:
             self.problem = describe(error)
+        return not self.problem

@@ -20,6 +20,7 @@ import numpy as np
 from diwa_core.errors import ConfigError, SetupError
 
 try:
+    from franky_sim.franka_gripper_protocol import GripperCommandStatus
     from franky_sim.franka_gripper_server import FrankaGripperServer
     from franky_sim.franka_robot_protocol import (
         AutomaticErrorRecoveryCommand,
@@ -88,19 +89,30 @@ class VersionedConnectCommand(ConnectCommand):
 
 
 class FakeGripperServer(FrankaGripperServer):
-    """The gripper; an aborted one swallows its commands."""
+    """The gripper. An aborted one does not move and answers nothing; a stop ends the command before it, as the real one does."""
 
     aborted = False
 
-    def start_move(self, *arguments: object) -> None:
+    def start_move(self, width: float, speed: float, command_id: int, tcp_socket: socket.socket) -> None:
         """Open or close to a width."""
-        if not self.aborted:
-            super().start_move(*arguments)
+        super().start_move(self._robot.hand_width if self.aborted else width, speed, command_id, tcp_socket)
 
-    def start_grasp(self, *arguments: object) -> None:
+    def start_grasp(self, width: float, speed: float, *rest: object) -> None:
         """Close with a force."""
+        super().start_grasp(self._robot.hand_width if self.aborted else width, speed, *rest)
+
+    def stop(self, command_id: int, tcp_socket: socket.socket) -> None:
+        """Stop, and say so to the command that was running."""
+        if self.aborted:
+            return
+        if self._pending_command_id is not None:
+            kind, pending = self._pending_command_type, self._pending_command_id
+            BaseCommand.send_response(tcp_socket, kind, pending, GripperCommandStatus.kFail, b"", "H", "H")
+        super().stop(command_id, tcp_socket)
+
+    def _check_motion_state(self) -> None:
         if not self.aborted:
-            super().start_grasp(*arguments)
+            super()._check_motion_state()
 
     def _setup_udp_connection(self, network_udp_port: int) -> None:
         super()._setup_udp_connection(network_udp_port)
