@@ -1,6 +1,6 @@
 """Hot swaps in a row on the running graph in real time: missed ticks, action steps at the border and within chunks, memory.
 
-`python benchmarks/swap.py [--swaps 1000] [--checkpoint FOLDER] [--json FILE]`. Two policies of one skill take turns while it runs;
+`python benchmarks/swap.py [--swaps 1000] [--checkpoint FOLDER] [--json FILE]`. Base and fine-tuned policy of a skill take turns in one run;
 every swap passes all gates and is awaited until it has taken over. The same graph without swaps is measured first, because a busy
 machine misses ticks too. Action steps are those of `executed_action`: what the arm really did, after the controller's gate.
 """
@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,18 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import rclpy
-import torch
 from diwa_interfaces.action import RunSkill
-from diwa_interfaces.msg import ExecutedAction, SimState, SwapEvent
+from diwa_interfaces.msg import ExecutedAction, LatentState, SimState, SwapEvent
 from rclpy.action import ActionClient
 from rich.console import Console
 from rich.table import Table
-from runtime import make_random_checkpoint, read_memory_mib
+from runtime import read_memory_mib
 
 from diwa_core.contract import Contract
 from diwa_core.errors import DiwaError, SetupError
-from diwa_core.policy.diffusion import DiffusionPolicy
-from diwa_core.policy.store import load_policy, save_policy
 from diwa_ros.graph import load_graph
 from diwa_ros.messages import reliable, to_ns
 from diwa_ros.swap_client import SwapClient
@@ -79,9 +75,11 @@ class Observer:
     def __init__(self, client: SwapClient) -> None:
         self.states: list[tuple[int, int]] = []  # stamp and missed ticks
         self.executed: list[ExecutedAction] = []
+        self.has_latent = False
         self.step_ns = round(1e9 / Contract().rate_hz)
         client.node.create_subscription(SimState, "sim/state", self.take_state, reliable(100))
         client.node.create_subscription(ExecutedAction, "executed_action", self.executed.append, reliable(100))
+        client.node.create_subscription(LatentState, "latent", lambda _: setattr(self, "has_latent", True), reliable(1))
 
     def take_state(self, message: SimState) -> None:
         """Stamp and count are enough."""
@@ -112,50 +110,51 @@ class Observer:
         return "within a chunk" if before.observation_stamp == after.observation_stamp else "border of one policy"
 
 
-def make_pair(checkpoint: Path | None, folder: Path) -> tuple[Path, list[Path]]:
-    """The graph's checkpoints and two policies of SKILL: base and fine-tuned of `checkpoint`, or two with random weights."""
-    if checkpoint is not None:
-        return checkpoint, [checkpoint / kind / SKILL for kind in ("policies", "finetuned")]
-    make_random_checkpoint("small", folder)
-    first, second = folder / "policies" / SKILL, folder / "second"
-    base, origin = load_policy(first)
-    torch.manual_seed(1)
-    save_policy(second, DiffusionPolicy(base.config), Contract(), SKILL, origin.lineage["world_model"], {})
-    return folder, [first, second]
+def find_pair(checkpoint: Path) -> list[Path]:
+    """Base and fine-tuned policy of SKILL. Raises SetupError when one is missing."""
+    pair = [checkpoint / kind / SKILL for kind in ("policies", "finetuned")]
+    for path in pair:
+        if not path.exists():
+            raise SetupError(
+                f"expected a policy at {path}, found none. Give --checkpoint a folder with world_model/, policies/, finetuned/."
+            )
+    return pair
 
 
-def measure(swaps: int, baseline_s: float, checkpoint: Path | None, log_folder: Path) -> Result:
+def measure(swaps: int, baseline_s: float, checkpoint: Path, log_folder: Path) -> Result:
     """Bring the graph up, run one endless skill, then swap. Raises SetupError when the graph does not come up or ends."""
-    with tempfile.TemporaryDirectory(prefix="diwa_swap_") as folder:
-        graph_checkpoint, pair = make_pair(checkpoint, Path(folder))
-        processes = load_graph("deploy").resolve({"checkpoint": str(graph_checkpoint), "skill": SKILL})
-        os.environ.update({name: value for process in processes for name, value in process.extra_environment.items()})
-        rclpy.init()
-        try:
-            with GraphRunner(processes, log_folder) as graph, SwapClient() as client:
-                observer = Observer(client)
-                action_client = ActionClient(client.node, RunSkill, "run_skill")
+    pair = find_pair(checkpoint)
+    processes = load_graph("deploy").resolve({"checkpoint": str(checkpoint), "skill": SKILL})
+    os.environ.update({name: value for process in processes for name, value in process.extra_environment.items()})
+    rclpy.init()
+    try:
+        with GraphRunner(processes, log_folder) as graph, SwapClient() as client:
+            observer = Observer(client)
+            action_client = ActionClient(client.node, RunSkill, "run_skill")
 
-                def spin(until: Callable[[], bool], limit_s: float) -> None:
-                    end_s = time.monotonic() + limit_s
-                    while not until():
-                        if time.monotonic() > end_s or graph.poll():
-                            raise SetupError(f"the graph did not do what was expected within {limit_s:g} s; logs: {log_folder}")
-                        client.executor.spin_once(timeout_sec=0.1)
+            def spin(until: Callable[[], bool], limit_s: float) -> None:
+                end_s = time.monotonic() + limit_s
+                while not until():
+                    if time.monotonic() > end_s or graph.poll():
+                        raise SetupError(f"the graph did not do what was expected within {limit_s:g} s; logs: {log_folder}")
+                    client.executor.spin_once(timeout_sec=0.1)
 
-                spin(action_client.server_is_ready, START_LIMIT_S)
-                goal = action_client.send_goal_async(RunSkill.Goal(skill=SKILL, max_steps=MAX_STEPS))
-                spin(lambda: goal.done() and any(e.source == ExecutedAction.SOURCE_POLICY for e in observer.executed), START_LIMIT_S)
-                observer.take_phase()
-                begin_s = time.monotonic()
-                spin(lambda: time.monotonic() - begin_s > baseline_s, baseline_s + 5)
-                result = Result(swaps, 0, 0, observer.take_phase(), Phase(), [], [])
-                swap_in_turns(client, pair, result, lambda: read_memory_mib(graph.pids["policy"]))
-                result.with_swaps = observer.take_phase()
-                result.rolled_back = sum(event.event == SwapEvent.ROLLED_BACK for event in client.read_history())
-                action_client.destroy()
-        finally:
-            rclpy.try_shutdown()
+            spin(lambda: action_client.server_is_ready() and observer.has_latent, START_LIMIT_S)
+            goal = action_client.send_goal_async(RunSkill.Goal(skill=SKILL, max_steps=MAX_STEPS))
+            spin(lambda: goal.done() and any(e.source == ExecutedAction.SOURCE_POLICY for e in observer.executed), START_LIMIT_S)
+            observer.take_phase()
+            ended = goal.result().get_result_async()
+            begin_s = time.monotonic()
+            spin(lambda: time.monotonic() - begin_s > baseline_s, baseline_s + 5)
+            result = Result(swaps, 0, 0, observer.take_phase(), Phase(), [], [])
+            swap_in_turns(client, pair, result, lambda: read_memory_mib(graph.pids["policy"]))
+            result.with_swaps = observer.take_phase()
+            if ended.done():
+                raise SetupError(f"the run ended before the swaps did: {ended.result().result.message}; logs: {log_folder}")
+            result.rolled_back = sum(event.event == SwapEvent.ROLLED_BACK for event in client.read_history())
+            action_client.destroy()
+    finally:
+        rclpy.try_shutdown()
     return result
 
 
@@ -196,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--swaps", type=int, default=1000)
     parser.add_argument("--baseline", type=float, default=20.0, help="seconds without swaps before")
-    parser.add_argument("--checkpoint", type=Path, help="folder with world_model/, policies/ and finetuned/ instead of random weights")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints"), help="folder with world_model/, policies/ and finetuned/")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     console = Console(width=110)

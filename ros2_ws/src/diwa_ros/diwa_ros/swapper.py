@@ -35,6 +35,7 @@ CANDIDATE_FRAMES = 30  # real frames on which a new world model is compared: a s
 FRAMES_LIMIT_S = 10.0  # for those frames, and for the first latent after a commit
 ENCODER_LIMIT_S = 60.0  # for an answer of the encoder, which may be loading
 WATCHDOG_STATES = (ControllerStatus.HOLD, ControllerStatus.REFLEX, ControllerStatus.FAULT)
+BUSY = 2.0  # a new policy may take this times as long as the last chunks did: a busy machine is not its fault
 NOT_MEASURED = float("nan")
 
 
@@ -208,7 +209,8 @@ class Swapper:
         self.previous, self.armed = None if is_rollback else node.store, None
         new = {one.identity for one in exchange.store.policies.values()} - {one.identity for one in node.store.policies.values()}
         length_s = node.parameters["probation_s"]
-        self.probation = Probation(frozenset(new), length_s, self.budget_ms()) if new and length_s and not is_rollback else None
+        budget_ms = max(self.budget_ms(), BUSY * float(np.median(node.inference_ms)) if node.inference_ms else 0.0)
+        self.probation = Probation(frozenset(new), length_s, budget_ms) if new and length_s and not is_rollback else None
         node.store = exchange.store
         event.event = event.event or SwapEvent.TOOK_OVER
         self.record(event, latent)
