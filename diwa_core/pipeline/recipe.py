@@ -27,6 +27,9 @@ class PlayFlags:
     seed: int
     episode_frames: int | None = None
     button_weight: float | None = None
+    wiggle_share: float | None = None
+    strength_power: float | None = None
+    misjudged_share: float | None = None
 
 
 @dataclass(frozen=True)
