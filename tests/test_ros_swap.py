@@ -1,6 +1,9 @@
 """Hot swap on the nodes: gates, takeover at a chunk border, shadow, rollback, both models at the same frame, and the races."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -203,6 +206,29 @@ def test_parameter_and_late_joiner(rig, checkpoints):
 
 def test_parameter_at_start_is_loaded_on_top(make_rig, checkpoints):
     assert make_rig(checkpoint=str(checkpoints / "near")).running == load_policy(checkpoints / "near")[1].identity
+
+
+@pytest.mark.timeout(300)
+def test_command_line_swaps_lists_and_rolls_back(rig, checkpoints):
+    """`diwa swap` as a process beside the graph: exit codes, refusals as one sentence."""
+    old = rig.running
+
+    def run_swap(*words):
+        command = [sys.executable, "-m", "diwa_core.cli.main", "swap", *map(str, words)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "COLUMNS": "200"}
+        )
+        rig.probe.until(lambda: process.poll() is not None, 100)
+        return process.returncode, process.communicate()[0]
+
+    code, output = run_swap(checkpoints / "near")
+    assert code == 0 and rig.running != old and rig.running[:12] in output
+    code, output = run_swap("--history")
+    assert code == 0 and "took_over" in output and old[:12] in output
+    code, output = run_swap(checkpoints / "missing")
+    assert code == 2 and "gate 'files'" in output and "Traceback" not in output
+    code, output = run_swap("--rollback")
+    assert code == 0 and rig.running == old, output
 
 
 # -- gates -----------------------------------------------------------------------------------------------------------------------------

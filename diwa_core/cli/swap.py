@@ -41,27 +41,21 @@ def run(args: argparse.Namespace) -> int:
     if without_checkpoint == (args.checkpoint is not None):
         raise ConfigError("diwa swap: expected either a checkpoint or one of --end-shadow, --rollback and --history.")
     try:
-        import rclpy
-
         from diwa_ros.graph import load_graph
-        from diwa_ros.swap_client import SwapClient
+        from diwa_ros.swap_client import open_client
     except ImportError as error:
         raise SetupError(f"the ROS nodes are not installed ({error}). Mend: make setup, or source the workspace.") from error
     for process in load_graph("deploy").resolve():
         os.environ.update(process.extra_environment)  # find the graph where `diwa up` puts it
-    rclpy.init()
-    try:
-        with SwapClient(args.timeout) as client:
-            if args.history:
-                show_history(client.read_history())
-            elif args.rollback:
-                print(client.roll_back())
-            else:
-                policies, world_model = find_parts(args)
-                response = client.load(policies, args.skill, world_model, args.shadow or args.end_shadow, args.max_difference)
-                print(f"{response.message} (chunk in {response.latency_ms:.1f} ms, difference {response.action_difference:.2f})")
-    finally:
-        rclpy.try_shutdown()
+    with open_client(args.timeout) as client:
+        if args.history:
+            show_history(client.read_history())
+        elif args.rollback:
+            print(client.roll_back())
+        else:
+            policies, world_model = find_parts(args)
+            response = client.load(policies, args.skill, world_model, args.shadow or args.end_shadow, args.max_difference)
+            print(f"{response.message} (chunk in {response.latency_ms:.1f} ms, difference {response.action_difference:.2f})")
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import rclpy
@@ -81,3 +82,14 @@ class SwapClient:
             if time.monotonic() > end_s:
                 raise SetupError(f"policy node: expected {what} within {self.timeout_s:g} s, found none. Is the graph up (diwa up deploy)?")
             self.executor.spin_once(timeout_sec=0.05)
+
+
+@contextmanager
+def open_client(timeout_s: float) -> Iterator[SwapClient]:
+    """A client in a process that has no ROS of its own."""
+    rclpy.init()
+    try:
+        with SwapClient(timeout_s) as client:
+            yield client
+    finally:
+        rclpy.try_shutdown()
