@@ -30,7 +30,8 @@ def test_the_loop_closes(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, contract, checkpoints = WorldModel(TINY).eval(), Contract(), tmp_path / "checkpoints"
     identity = save_world_model(checkpoints / "world_model", model, contract, {})
-    base = DiffusionPolicy(PolicyConfig(feature_size=model.feature_size, hidden=(16, 16, 16)))
+    config = PolicyConfig(feature_size=model.feature_size, hidden=(16, 16, 16), denoising_steps=4, sampler_steps=4)
+    base = DiffusionPolicy(config)
     base_identity = save_policy(checkpoints / "policies" / SKILL, base, contract, SKILL, identity, {"episodes": 1})
     classifier = SuccessClassifier(ClassifierConfig(model.rssm.latent.size, hidden=8, embedding=4))
     save_classifier(checkpoints / "classifiers" / SKILL, classifier, contract, SKILL, identity, {})
@@ -38,7 +39,7 @@ def test_the_loop_closes(tmp_path, monkeypatch):
     for name, value in private_environment().items():
         monkeypatch.setenv(name, value)
     words = ["loop", "--lockstep", "--skill", SKILL, "--checkpoint", str(checkpoints), "--recipe", str(tmp_path / "recipe.yaml")]
-    words += ["--demonstrations", "4", "--noise", "0", "--play-ticks", "30", "--iterations", "10", "--minutes", "0", "--episodes", "2"]
+    words += ["--demonstrations", "4", "--noise", "0", "--play-ticks", "30", "--iterations", "2", "--minutes", "0", "--episodes", "2"]
     words += ["--fair-share", "--workers", "1", "--out", str(tmp_path / "out"), "--folder", str(tmp_path / "runs")]
     assert main(words) == 0
     told = json.loads((tmp_path / "out" / "loop.json").read_text())
