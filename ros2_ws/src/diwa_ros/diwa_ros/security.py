@@ -60,24 +60,32 @@ NODES = {  # executable -> what it does beside COMMON
         subscribe=("action_chunk",),
         serve=("controller/enable", "controller/stop", "controller/resume"),
     ),
-    "encoder": Access(publish=("latent",), subscribe=(CAMERAS, *STATES, "executed_action"), serve=("encoder/reset",)),
+    "fake_fr3": Access(publish=(CAMERAS, "sim/state"), serve=("sim/reset",)),
+    "encoder": Access(
+        publish=("latent", "latent/candidate"),
+        subscribe=(CAMERAS, *STATES, "executed_action"),
+        serve=("encoder/reset", "encoder/world_model"),
+    ),
     "policy": Access(
-        publish=("action_chunk", "policy/status"),
-        subscribe=("latent",),
-        serve=("policy/load",),
-        call=("encoder/reset",),
+        publish=("action_chunk", "policy/status", "policy/history", "policy/shadow"),
+        subscribe=("latent", "latent/candidate", "controller/status"),
+        serve=("policy/load", "policy/rollback"),
+        call=("encoder/reset", "encoder/world_model"),
         execute=("run_skill",),
     ),
 }
 BACKENDS = {  # parameter `backend` of the controller -> what it adds
     "calvin": Access(publish=("sim/command",), subscribe=("sim/state",)),
     "dry_run": Access(publish=STATES),
+    "franky": Access(publish=(*STATES, "external_wrench_in_base_frame"), serve=("controller/recover", "controller/home")),
 }
 OPERATOR = Access(  # a person's tools: may look, stop, resume and start a skill, but not publish a command
     subscribe=(
         "/diagnostics",
         "controller/status",
         "policy/status",
+        "policy/history",
+        "policy/shadow",
         "executed_action",
         "latent",
         "action_chunk",
@@ -86,7 +94,10 @@ OPERATOR = Access(  # a person's tools: may look, stop, resume and start a skill
         *STATES,
     ),
     publish=("/rosout", "/parameter_events"),
-    call=("controller/enable", "controller/stop", "controller/resume", "encoder/reset", "policy/load", "sim/reset"),
+    call=(
+        *(f"controller/{name}" for name in ("enable", "stop", "resume", "recover", "home")),
+        *("encoder/reset", "policy/load", "policy/rollback", "sim/reset"),
+    ),
     request=("run_skill",),
 )
 
