@@ -136,9 +136,8 @@ def print_run(name: str, run: Run, config: RobotConfig) -> None:
     """Tracking and seams."""
     error_m = np.linalg.norm((run.commanded - run.measured)[:, :3], axis=1)
     acceleration = np.diff(run.commanded[:, :3], n=2, axis=0) * config.stream_hz**2
-    print(
-        f"{name}: robot's time {run.pace:.0%} of the clock's{'' if run.pace >= LEAST_PACE else ': too busy a machine, do not use these figures'}"
-    )
+    caveat = "" if run.pace >= LEAST_PACE else ": too busy a machine, these figures do not count"
+    print(f"{name}: robot's time {run.pace:.0%} of the clock's{caveat}")
     print(f"  tracking error          mean {error_m.mean() * 1e3:.1f} mm, p99 {np.percentile(error_m, 99) * 1e3:.1f} mm (goal: mean 5)")
     print(
         f"  commanded acceleration  at most {np.abs(acceleration).max():.2f} m/s2 per axis, limit {config.motion.max_acceleration_m_s2:g}"

@@ -39,12 +39,12 @@ LOGGER = logging.getLogger(__name__)
 STEP_S = 0.001
 CLIENT_WAIT_S = 0.02  # a moving robot waits this long for a late client: time slows down instead of torques going stale
 MAX_PENDING = 2  # states that the client may be behind before it is late
-CLIENT_LOST_S = 1.0  # without an answer for this long it stops with a reflex, as hardware does after 20 ms
+CLIENT_LOST_S = 5.0  # without an answer for this long it stops with a reflex, as hardware does after 20 ms; until then it stands still
 REANCHOR_S = 0.1
 GRIPPER_STEPS = 10
 ERRORS = 41
 OTHER_VERSION = 9
-CARTESIAN_REFLEX, COMMUNICATION = 7, 31  # places in the robot's list of errors
+CARTESIAN_REFLEX, COMMUNICATION = 7, 25  # places in the robot's list of errors
 
 
 class Fault(Enum):
