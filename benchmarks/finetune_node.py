@@ -28,6 +28,7 @@ from diwa_ros.demo import find_quiet_domain
 from diwa_ros.graph import load_graph
 from diwa_ros.up import GraphRunner
 
+LOGS = Path("runs") / "benchmark_finetune_node"
 LEARNING_LIMIT_S = 300.0  # until fine-tuning computes: it takes what the robot leaves
 ENDLESS = 100_000  # steps and iterations
 
@@ -36,13 +37,13 @@ class Benchmark:
     """A graph with the fine-tuning node, a skill that runs on it, and what is measured meanwhile."""
 
     def __init__(self, checkpoint: Path, skill: str, folder: Path) -> None:
-        self.checkpoint, self.skill, self.folder = checkpoint, skill, folder
+        self.checkpoint, self.skill = checkpoint, skill
         given = {"checkpoint": str(checkpoint), "runs": str(folder / "runs")}
         processes = load_graph("deploy").resolve({"checkpoint": str(checkpoint)})
         processes += [process for process in load_graph("loop").resolve(given) if process.name == "finetune"]
         os.environ.setdefault("ROS_DOMAIN_ID", str(find_quiet_domain()))
         os.environ.update({name: value for process in processes for name, value in process.extra_environment.items()})
-        self.graph = GraphRunner(processes, folder / "logs")
+        self.graph = GraphRunner(processes, LOGS)
 
     def run(self, store: Path, seconds: float) -> list[Measurement]:
         """Measure for `seconds` without, then with fine-tuning from `store`. Raises SetupError when something does not come up."""
@@ -78,7 +79,7 @@ class Benchmark:
         sent = client.send_goal_async(goal, lambda message: judged.append(message.feedback.imagined == message.feedback.imagined))
         self.spin(sent.done, START_LIMIT_S, "an answer of finetune")
         if not sent.result().accepted:
-            raise SetupError(f"finetune: the goal was refused; logs: {self.folder / 'logs'}")
+            raise SetupError(f"finetune: the goal was refused; logs: {LOGS}")
         self.spin(lambda: any(judged), LEARNING_LIMIT_S, "a first iteration of the fine-tuning")
         return sent.result()
 
@@ -100,7 +101,7 @@ class Benchmark:
         end_s = time.monotonic() + limit_s
         while not until():
             if time.monotonic() > end_s or self.graph.poll():
-                raise SetupError(f"benchmark: expected {what} within {limit_s:g} s, found none; logs: {self.folder / 'logs'}")
+                raise SetupError(f"benchmark: expected {what} within {limit_s:g} s, found none; logs: {LOGS}")
             self.executor.spin_once(timeout_sec=0.1)
 
 
