@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diwa_core.checkpoint_files import read_files, write_files
+from diwa_core.config import parse_untrusted_yaml
 from diwa_core.contract import Contract
-from diwa_core.errors import CheckpointError
+from diwa_core.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
 MANIFEST, CONTRACT, MODEL = "manifest.json", "contract.yaml", "model.safetensors"
@@ -183,19 +184,10 @@ def _read_manifest(path: Path, data: bytes) -> dict[str, Any]:
     return manifest
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: nested ones would expand without bound when printed."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a contract")
-        return super().compose_node(parent, index)
-
-
 def _read_contract(path: Path, data: bytes) -> Contract:
     try:
-        return Contract.from_dict(yaml.load(data, Loader=_PlainLoader))
-    except Exception as error:  # PyYAML answers malformed scalars with KeyError, IndexError, AttributeError and others
+        return Contract.from_dict(parse_untrusted_yaml(data))
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {CONTRACT} cannot be read: {error}. {_MEND}") from error
 
 

@@ -60,11 +60,28 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: nested ones would expand without bound when printed."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed here")
+        return super().compose_node(parent, index)
+
+
+def parse_untrusted_yaml(text: str | bytes) -> Any:
+    """Plain values of a YAML text that came from elsewhere. Raises ConfigError."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except Exception as error:  # PyYAML answers malformed scalars with KeyError, IndexError, AttributeError and others
+        raise ConfigError(f"expected YAML, found {text[:60]!r}: {error}.") from error
+
+
 def load_yaml(cls: type[T], path: str | Path) -> T:
     """Read dataclass `cls` from a YAML file; raises ConfigError naming the file."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except Exception as error:  # as above, and files that are no text
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     return from_dict(cls, values, str(path))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 
 import cv2
@@ -15,13 +16,14 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from diwa_core.config import from_dict, to_dict
-from diwa_core.errors import ContractError
+from diwa_core.errors import ConfigError, ContractError
 
 ROBOT_OBS_SIZE = 15  # tcp xyz 3, tcp euler 3, gripper width 1, arm joints 7, last gripper action 1
 TARGET_POSE_SIZE = 6  # commanded tcp xyz 3, euler 3
 ACTION_SIZE = 7  # delta xyz 3, delta euler 3, gripper 1; each in [-1, 1]
 PROPRIO_SIZE = 27  # robot_obs with rotation as rot6d (18), target pose likewise (9)
 IMAGE_SIZE = 64  # side of what the models see, pixels
+MAX_IMAGE_SIZE = 16384  # side of what a camera may send, pixels
 FIRST_ACTION = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)  # what a model is told led into the first frame after a reset
 
 
@@ -51,6 +53,19 @@ class Contract:
     finger_joints: tuple[str, ...] = ("panda_finger_joint1", "panda_finger_joint2")
     max_delta_m: float = 0.02  # one step at action 1.0, per axis
     max_delta_rad: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on rates, sizes and steps that nothing can work with."""
+        for name in ("rate_hz", "max_delta_m", "max_delta_rad"):
+            if not (math.isfinite(getattr(self, name)) and 1e-6 < getattr(self, name) < 1e6):
+                raise ConfigError(f"contract.{name}: expected a positive number, found {getattr(self, name)}.")
+        names = [stream.name for stream in self.images]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"contract.images: expected at least one camera, each with a name of its own, found {names}.")
+        for stream in self.images:
+            if not (0 < stream.height <= MAX_IMAGE_SIZE and 0 < stream.width <= MAX_IMAGE_SIZE):
+                found = f"{stream.height} x {stream.width}"
+                raise ConfigError(f"contract.images: '{stream.name}': expected sides of 1 to {MAX_IMAGE_SIZE} pixels, found {found}.")
 
     @property
     def step_s(self) -> float:

@@ -117,12 +117,12 @@ def test_every_imported_package_is_a_declared_dependency() -> None:
     """What happens to be installed here may be missing on a fresh machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {item.split(">")[0].lower() for item in project["dependencies"]}
-    aliases = {"cv2": "opencv-python-headless", "yaml": "pyyaml", "skimage": "scikit-image", "pybullet_data": "pybullet"}
+    aliases = {"cv2": "opencv-python-headless", "yaml": "pyyaml", "skimage": "scikit-image", "pybullet_data": "pybullet", "PIL": "pillow"}
     ours = {"diwa_core", "diwa_ros", "diwa_interfaces"}
     for file in [*(ROOT / "diwa_core").rglob("*.py"), *(ROOT / "ros2_ws/src/diwa_ros/diwa_ros").glob("*.py")]:
         for name in imported_packages(file) - sys.stdlib_module_names - ours:
             from_ros = name in ("rclpy", "cv_bridge") or name.endswith(("_msgs", "_srvs", "_interfaces"))
-            optional = name in ("calvin_env", "hydra", "omegaconf")  # the user's own checkout of the official environment
+            optional = name in ("calvin_env", "hydra", "omegaconf", "pyarrow")  # the user's own checkout of CALVIN; the extra `export`
             assert from_ros or optional or aliases.get(name, name) in declared, f"{file.relative_to(ROOT)} imports {name}"
 
 

@@ -56,8 +56,10 @@ def test_metadata_describes_the_files(store, tmp_path):
         if kind["dtype"] == "image":
             assert str(schema.field(name).type) == "struct<bytes: binary, path: string>"
         else:
-            wanted = kind["dtype"] if kind["shape"] == [1] else f"fixed_size_list<element: {kind['dtype']}>[{kind['shape'][0]}]"
-            assert str(schema.field(name).type).replace("float]", "float32]") in (wanted, wanted.replace("float32", "float"))
+            name_of = {"float32": "float"}.get(kind["dtype"], kind["dtype"])
+            size = kind["shape"][0]
+            wanted = name_of if size == 1 else f"fixed_size_list<element: {name_of}>[{size}]"
+            assert str(schema.field(name).type) == wanted
     np.testing.assert_allclose(stats["action"]["mean"], store.load(("actions",))["actions"].mean(0), rtol=1e-5)
     np.testing.assert_allclose(stats["action"]["std"], store.load(("actions",))["actions"].std(0), rtol=1e-4)
     red = store.load(("rgb_static",))["rgb_static"][..., 0] / 255
@@ -65,6 +67,8 @@ def test_metadata_describes_the_files(store, tmp_path):
     assert stats["observation.images.static"]["mean"][0][0][0] == pytest.approx(red.mean())
     tasks = pq.read_table(out / "meta" / "tasks.parquet").to_pydict()
     assert tasks == {"task_index": [0, 1, 2], "__index_level_0__": ["play", SKILLS[1], SKILLS[2]]}
+    note = json.loads(pq.read_schema(out / "meta" / "tasks.parquet").metadata[b"pandas"])
+    assert note["index_columns"] == ["__index_level_0__"] and {column["field_name"] for column in note["columns"]} == set(tasks)
     episodes = pq.read_table(out / "meta" / "episodes" / "chunk-000" / "file-000.parquet").to_pylist()
     assert [(row["dataset_from_index"], row["dataset_to_index"], row["length"]) for row in episodes] == [
         (0, 9, 9),

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from diwa_core.config import from_dict
+from diwa_core.config import from_dict, parse_untrusted_yaml
 from diwa_core.contract import Contract
-from diwa_core.errors import DataError
+from diwa_core.errors import ConfigError, DataError
 
 METADATA, ROSBAG2_VERSION = "metadata.yaml", 9
 CONTRACT, CHECKPOINTS, EPISODES, RECORDING = (f"diwa.{name}" for name in ("contract", "checkpoints", "episodes", "recording"))
@@ -203,6 +203,6 @@ class _RosbagDumper(yaml.SafeDumper):
 
 def _parse(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"bag: expected YAML in its own entries, found {text[:60]!r}: {error}.") from error
+        return parse_untrusted_yaml(text)
+    except ConfigError as error:
+        raise DataError(f"bag: its own entries cannot be read: {error}") from error

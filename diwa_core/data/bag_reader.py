@@ -29,6 +29,7 @@ from mcap.exceptions import McapError
 from mcap.opcode import Opcode
 from mcap.records import Channel, Chunk, Metadata, Schema
 from rosbags.rosbag2 import Reader as RosbagsReader
+from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
@@ -43,7 +44,7 @@ INTERFACES = "diwa_interfaces"
 PARSERS = {"ros2msg": get_types_from_msg, "ros2idl": get_types_from_idl}
 # What readers of damaged data raise: each library has its own ways.
 DAMAGE = (
-    *(McapError, zstandard.ZstdError, struct.error, RuntimeError, ValueError, KeyError, IndexError),
+    *(McapError, SerdeError, zstandard.ZstdError, struct.error, RuntimeError, ValueError, KeyError, IndexError),
     *(TypeError, AttributeError, OverflowError, EOFError, AssertionError, OSError, MemoryError, RecursionError),
 )
 
@@ -141,9 +142,10 @@ class BagReader:
             raise DataError(f"{path}: expected .mcap or .db3 files in the bag, found {_list(sorted(f.name for f in path.iterdir()))}.")
         present.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
         information = self._read_metadata()
-        self._unpack_messages = str(information.get("compression_mode", "")).lower() == "message"
+        self._unpack_messages = information.get("compression_mode") in ("message", "MESSAGE")
         listed = information.get("relative_file_paths")
-        names = [Path(str(name)).name for name in listed] if isinstance(listed, list) else [file.name for file in present]
+        listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        names = [Path(name).name for name in listed] or [file.name for file in present]
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             self._note(f"{METADATA} lists {_list(missing)}, which is not there; the other files were read")
@@ -160,7 +162,7 @@ class BagReader:
             if file.stat().st_size > MAX_TEXT_BYTES:
                 raise ValueError(f"{file.stat().st_size} bytes are too many")
             information = yaml.load(file.read_text(), yaml.CSafeLoader)["rosbag2_bagfile_information"]
-            custom = information.get("custom_data") or {}
+            custom = {key: text for key, text in (information.get("custom_data") or {}).items() if isinstance(text, str)}
         except (*DAMAGE, yaml.YAMLError) as error:
             self._note(f"{METADATA} cannot be read ({_first_line(error)}); the files themselves were read")
             return {}

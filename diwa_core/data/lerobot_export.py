@@ -222,7 +222,9 @@ def _write_metadata(folder: Path, store: PlayStore, progress: _Progress, pa: Any
     (folder / "meta" / "stats.json").write_text(json.dumps(statistics, indent=4))
     tasks = pa.table({"task_index": list(progress.tasks.values()), "__index_level_0__": list(progress.tasks)})
     # pandas makes the names the index of the table only where it finds this note of its own
-    note = {"index_columns": ["__index_level_0__"], "column_indexes": [], "columns": [], "pandas_version": "2"}
+    index = {"name": None, "field_name": "__index_level_0__", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    column = {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    note = {"index_columns": ["__index_level_0__"], "column_indexes": [], "columns": [column, index], "pandas_version": "2.0.0"}
     pa.parquet.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(note)}), folder / "meta" / "tasks.parquet")
     path = folder / EPISODES_PATH
     path.parent.mkdir(parents=True)
