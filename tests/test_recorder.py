@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from mcap.reader import make_reader
 from rosbags.rosbag2 import Reader
@@ -125,7 +125,6 @@ def read_mcap(folder: Path) -> int:
         reader = make_reader(stream, validate_crcs=True)
         found = sum(1 for _ in reader.iter_messages())
         assert reader.get_summary().statistics.message_count == found
-        assert [attachment.data.decode() for attachment in reader.iter_attachments()]
     return found
 
 
@@ -148,6 +147,9 @@ def test_a_bag_is_read_by_others_and_says_what_it_is(tmp_path: Path, compression
     stamps = read_rosbags(folder)
     assert stamps == {name: [BEGIN_NS + frame * STEP_NS for frame in range(40)] for name in TOPICS}
     assert read_mcap(folder) == 40 * len(TOPICS)
+    with (folder / "play_0.mcap").open("rb") as stream:
+        (attachment,) = make_reader(stream).iter_attachments()
+    assert (attachment.name, Contract.from_dict(yaml.safe_load(attachment.data))) == ("contract.yaml", CONTRACT)
     recording = read_ours(folder)
     with Reader(folder) as reader:
         assert reader.connections[0].ext.offered_qos_profiles[0].depth == 5
@@ -313,7 +315,8 @@ def test_a_kill_loses_at_most_what_was_not_flushed(tmp_path: Path) -> None:
     assert not again.changed and again.messages == recovered.messages
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example(share=0.998)  # in the last index
 @given(share=st.floats(0, 1))
 def test_a_bag_cut_off_anywhere_is_recovered_up_to_the_last_flush(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     folder = tmp_path_factory.mktemp("cut") / "bag"
@@ -331,7 +334,7 @@ def test_a_bag_cut_off_anywhere_is_recovered_up_to_the_last_flush(tmp_path_facto
     assert read_mcap(folder) == recovered.messages and sum(map(len, read_rosbags(folder).values())) == recovered.messages
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None, phases=[Phase.generate])  # shrinking would take minutes and say no more
 @given(share=st.floats(0, 1), value=st.integers(1, 255), compression=st.sampled_from(["none", "zstd"]))
 def test_damage_anywhere_costs_a_chunk_at_most_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, share: float, value: int, compression: str
@@ -347,7 +350,7 @@ def test_damage_anywhere_costs_a_chunk_at_most_or_is_refused(
     except DataError:
         return
     assert recovered.messages > 0
-    assert sum(map(len, read_rosbags(folder).values())) == recovered.messages
+    assert sum(map(len, read_rosbags(folder).values())) == recovered.messages == read_mcap(folder)
     assert all(original.read_bytes() == data for original in recovered.damaged)
 
 

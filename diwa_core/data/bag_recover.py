@@ -33,6 +33,7 @@ from mcap.records import (
     SummaryOffset,
 )
 from mcap.writer import MCAP0_MAGIC
+from zstandard import frame_content_size
 
 from diwa_core.data.bag_audit import EpisodeAudit
 from diwa_core.data.bag_format import (
@@ -176,6 +177,7 @@ class _Scanner:
     def __init__(self, path: Path, recording: Recording) -> None:
         self.path, self.recording, self.scan = path, recording, FileScan()
         self.audit: EpisodeAudit | None = None
+        self.indexed = False  # rosbag2 can be told to write no indexes
 
     def run(self, stream: IO[bytes]) -> None:
         size = os.fstat(stream.fileno()).st_size
@@ -215,6 +217,7 @@ class _Scanner:
             return
         data = stream.read(length)
         if opcode == Opcode.MESSAGE_INDEX:
+            self.indexed = True
             self._take_index(MessageIndex.read(ReadDataStream(BytesIO(data))), begin, end)
             return
         self._check_index()
@@ -242,9 +245,13 @@ class _Scanner:
 
     def _take_chunk(self, chunk: Chunk, begin: int, end: int) -> None:
         data = unpack_chunk(chunk)
-        if len(data) != chunk.uncompressed_size:
-            raise ValueError("chunk")
-        self.scan.index = self._take_records(*_split_chunk(data))
+        if len(data) != chunk.uncompressed_size or (chunk.compression == "zstd" and frame_content_size(chunk.data) != len(data)):
+            raise ValueError("length")
+        records, offsets = _split_chunk(data)
+        times = [record.log_time for record in records if isinstance(record, Message)] or [0]
+        if (chunk.message_start_time, chunk.message_end_time) != (min(times), max(times)):
+            raise ValueError("times")
+        self.scan.index = self._take_records(records, offsets)
         self.scan.chunks.append(
             ChunkIndex(
                 chunk_length=end - begin,
@@ -270,7 +277,7 @@ class _Scanner:
     def _check_index(self) -> None:
         """Leave a chunk out whose index is not whole: readers would not find its messages. (The last one's index is written anew.)"""
         scan = self.scan
-        if scan.index and scan.chunks and 0 < len(scan.chunks[-1].message_index_offsets) < len(scan.index):
+        if self.indexed and scan.chunks and len(scan.chunks[-1].message_index_offsets) < len(scan.index):
             scan.drop_from(scan.chunks[-1].chunk_start_offset)
         scan.index = {}
 
