@@ -300,32 +300,32 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, changes, message):
 
 def test_options_a_verb_does_not_know_are_refused_before_anything_runs(tmp_path, capsys):
     path = write_recipe(tmp_path / "recipe.yaml", finetune={"itterations": 3})
-    assert main(["pipeline", "--recipe", str(path), "--out", str(tmp_path / "root"), "--skills", "open_drawer"]) == 2
+    assert main(["pipeline", "--recipe", str(path), "--out", str(tmp_path / "made"), "--skills", "open_drawer"]) == 2
     assert "`diwa finetune --world-model` does not take these options" in (complaint := capsys.readouterr().err)
     assert "unrecognized arguments: --itterations 3" in complaint
-    assert not (tmp_path / "root").exists()
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
-    words = ["pipeline", "--out", str(tmp_path / "root"), "--skills", "open_drawer", "--seeds", "4", "--workers", "3", "--dry-run"]
+    words = ["pipeline", "--out", str(tmp_path / "made"), "--skills", "open_drawer", "--seeds", "4", "--workers", "3", "--dry-run"]
     assert main([*words, "--until", "policies"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
         "play/play: run, never ran",
-        f"    python -m diwa_core.sim.play --out {tmp_path}/root/data/play --frames 120000 --seed 1 --workers 3",
+        f"    python -m diwa_core.sim.play --out {tmp_path}/made/data/play --frames 120000 --seed 1 --workers 3",
     ]
     assert lines[-2] == "policies/seed4/open_drawer: after world_model, demos"
-    assert not (tmp_path / "root").exists()
+    assert not (tmp_path / "made").exists()
     assert main([*words, "--only", "fintune"]) == 2 and "found 'fintune'" in capsys.readouterr().err
 
 
 def test_a_play_store_that_was_cut_off_is_continued(tmp_path, capsys):
     recipe = write_recipe(tmp_path / "recipe.yaml", play={"play": {"frames": 60, "seed": 1, "episode_frames": 30}})
-    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "root"), "--workers", "1", "--only", "play/play"]
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "made"), "--workers", "1", "--only", "play/play"]
     builder = Builder(load_recipe(recipe, "small"), "small", ("open_drawer",), (1,), 1)
-    made = Pipeline(tmp_path / "root", builder.stages())
+    made = Pipeline(tmp_path / "made", builder.stages())
     made.begin(made.stages[0], made.decide(made.stages[0]))
-    store = generate_play(tmp_path / "root" / "data" / "play", 30, 1, 1, PlaySettings(30))  # as if killed after the first of two
+    store = generate_play(tmp_path / "made" / "data" / "play", 30, 1, 1, PlaySettings(30))  # as if killed after the first of two
     (store.path / "mark").write_text("kept")
     assert main(words) == 0
     assert "play/play: resume, was cut off" in capsys.readouterr().out
@@ -335,13 +335,13 @@ def test_a_play_store_that_was_cut_off_is_continued(tmp_path, capsys):
 
 def test_time_that_is_up_and_a_stage_that_fails_have_their_exit_codes(tmp_path, capsys):
     recipe = write_recipe(tmp_path / "recipe.yaml", play={"play": {"frames": 60, "seed": -1}})
-    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "root"), "--workers", "1", "--only", "play/play"]
+    words = ["pipeline", "--recipe", str(recipe), "--out", str(tmp_path / "made"), "--workers", "1", "--only", "play/play"]
     assert main([*words, "--max-minutes", "0"]) == 3
-    assert "the same `diwa pipeline` goes on" in capsys.readouterr().out and not (tmp_path / "root" / "stamps").exists()
+    assert "the same `diwa pipeline` goes on" in capsys.readouterr().out and not (tmp_path / "made" / "stamps").exists()
     assert main(words) == 1
     shown = capsys.readouterr().out
     assert "stage 'play/play' ended with exit code 1" in shown and "ValueError: expected non-negative integer" in shown
-    assert f"python -m diwa_core.sim.play --out {tmp_path}/root/data/play --frames 60 --seed -1 --workers 1" in shown
+    assert f"python -m diwa_core.sim.play --out {tmp_path}/made/data/play --frames 60 --seed -1 --workers 1" in shown
 
 
 # -- stopping a training -----------------------------------------------------------------------------------------------------------
@@ -509,7 +509,7 @@ report: {windows: 20}
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # about a minute, nearly all of it imports of ten processes; a busy machine may give them a small share
 def test_from_play_to_a_comparison_with_a_stop_on_the_way(tmp_path, capsys):
-    recipe, root = tmp_path / "recipe.yaml", tmp_path / "root"
+    recipe, root = tmp_path / "recipe.yaml", tmp_path / "made"
     recipe.write_text(TINY)
     words = ["pipeline", "--recipe", str(recipe), "--out", str(root), "--size", "lowdim", "--skills", "turn_on_lightbulb", "--workers", "2"]
     words += ["--until", "evaluate"]
