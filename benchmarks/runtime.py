@@ -128,9 +128,9 @@ def read_memory_mib(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(size: str, weights: str, checkpoint: Path, seconds: float, log_folder: Path) -> Measurement:
+def measure(size: str, weights: str, checkpoint: Path, seconds: float, log_folder: Path, **arguments: object) -> Measurement:
     """Bring the graph up, run one endless skill, and listen. Raises SetupError when the graph does not come up."""
-    processes = load_graph("deploy").resolve({"checkpoint": str(checkpoint)})
+    processes = load_graph("deploy").resolve({"checkpoint": str(checkpoint), **arguments})
     measurement = Measurement(size, weights, seconds)
     os.environ.update({name: value for process in processes for name, value in process.extra_environment.items()})
     rclpy.init()
