@@ -188,6 +188,8 @@ class FrankaArm:
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            del self.filter  # its library complains of objects that outlive the interpreter
 
     def aim(self, coordinates: np.ndarray, arrive_s: float) -> None:
         """Be at coordinates [X] at `arrive_s`; the arm begins to stream if it is ready."""

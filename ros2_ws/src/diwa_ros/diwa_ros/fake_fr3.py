@@ -6,6 +6,7 @@ It is a simulation in another physics and another renderer than the one the poli
 from __future__ import annotations
 
 import sys
+import time
 
 import numpy as np
 from diwa_interfaces.msg import SimState
@@ -16,7 +17,7 @@ from diwa_core.contract import hold_action
 from diwa_core.errors import ConfigError, DiwaError, SetupError
 from diwa_core.sim.skills import start_states
 from diwa_core.sim.state import SceneState
-from diwa_ros.calvin_bridge import read_start
+from diwa_ros.calvin_bridge import STEADY_S, read_start
 from diwa_ros.contracts import CONTRACT, read_contract
 from diwa_ros.diagnostics import OK, WARN
 from diwa_ros.franky_backend import read_robot
@@ -61,7 +62,7 @@ class FakeFr3(DiwaNode):
         simulator = self.fake.simulator
         self.table = TableState(simulator.model, simulator.data)
         self.cameras = RayCameras(simulator.model, self.contract.images[0].height, self.parameters["seed"])
-        self.fault, self.tick_number, self.episode, self.first = "none", 0, 0, True
+        self.fault, self.tick_number, self.episode, self.first, self.late_at_s = "none", 0, 0, True, 0.0
         self.image_publishers = {stream.name: self.advertise(Image, stream.topic, CAMERA) for stream in self.contract.images}
         self.state_publisher = self.advertise(SimState, "sim/state", reliable(10))
         self.serve(ResetSim, "sim/reset", self.reset)
@@ -97,9 +98,16 @@ class FakeFr3(DiwaNode):
         if self.fault != "camera_unplugged":
             for name, publisher in self.image_publishers.items():
                 publisher.publish(make_image(self.pictures[name], stamp_ns, f"camera_{name.removeprefix('rgb_')}"))
-        late = self.fake.late_s > 0
-        self.diagnostics.report("pace", WARN if late else OK, "the robot's time runs slower than the clock" if late else "real time")
-        self.fake.late_s = 0.0
+        self.report_pace()
+
+    def report_pace(self) -> None:
+        """Say when the simulated robot's time falls behind, and when it has kept up for a while again."""
+        now_s = time.monotonic()
+        if self.fake.late_s > 0:
+            self.fake.late_s, self.late_at_s = 0.0, now_s
+            self.diagnostics.report("pace", WARN, "the robot's time runs slower than the clock: the machine is too busy")
+        elif now_s - self.late_at_s > STEADY_S:
+            self.diagnostics.report("pace", OK, "real time")
 
     def publish_state(self, stamp_ns: int, scene_obs: np.ndarray) -> None:
         """The truth about the scene, for the oracle; the robot knows nothing of it."""

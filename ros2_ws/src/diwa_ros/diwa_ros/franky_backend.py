@@ -16,7 +16,7 @@ from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import Contract, hold_action
-from diwa_core.control.franka_arm import STALE_S, FrankaArm, Phase
+from diwa_core.control.franka_arm import STALE_S, ArmState, FrankaArm, Phase
 from diwa_core.control.franka_hand import FrankaHand
 from diwa_core.control.limits import Clamp
 from diwa_core.control.robot_config import RobotConfig, load_robot_config
@@ -55,6 +55,8 @@ class FrankyBackend(Backend):
         self.arm = FrankaArm(self.config)
         self.hand = FrankaHand(self.config) if self.config.gripper.present else None
         self.executed, self.executed_is_hold, self.first = hold_action(1.0), True, True
+        self.published: ArmState | None = None
+        self.stamp_ns = 0  # of that state
         self.refusals: str | None = None  # why too many steps in a row were cut
         self.joint_publisher = node.advertise(JointState, "joint_states", reliable(10))
         self.pose_publisher = node.advertise(PoseStamped, "current_pose", reliable(10))
@@ -150,9 +152,11 @@ class FrankyBackend(Backend):
     def publish_state(self) -> None:
         """Joints, poses and wrench, as long as the robot sends them."""
         state = self.arm.state
-        if state is None or self.arm.age_s > STALE_S:
+        if state is None or state is self.published or self.arm.age_s > STALE_S:
             return
-        stamp_ns = self.now_ns() - round(self.arm.age_s * 1e9)
+        self.published = state
+        # The two clocks are not read at once: on a busy machine a later state could seem the older one.
+        stamp_ns = self.stamp_ns = max(self.now_ns() - round(self.arm.age_s * 1e9), self.stamp_ns + 1)
         measured = self.to_world(state.pose)
         streaming = self.arm.commanded is not None
         finger_m = (self.hand.width_m if self.hand is not None else 0.0) / 2
