@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ BATCH, LENGTH = 64, 56
 NEED = 20  # times real time
 
 
-def noisy_image(number: int, size: int) -> np.ndarray:
-    """Pictures with a camera's noise: smooth ones would be too easy for JPEG."""
-    noise = np.random.default_rng(number % 16).integers(0, 12, (size, size, 3), dtype=np.uint8)
+@cache
+def make_noisy_image(number: int, size: int) -> np.ndarray:
+    """A picture with a camera's noise: smooth ones would be too easy for JPEG."""
+    noise = np.random.default_rng(number).integers(0, 12, (size, size, 3), dtype=np.uint8)
     return frame_image(number, size) // 2 + noise
 
 
@@ -39,7 +41,10 @@ def write_bags(folder: Path, size: int, compressed: str, seconds: float, count: 
     contract = Contract()
     contract = replace(contract, images=tuple(replace(stream, height=size, width=size) for stream in contract.images))
     ticks = round(seconds / count * contract.rate_hz)
-    bags = [FakeBag(ticks, k * 10_000, size, compressed, contract=contract, image=noisy_image) for k in range(count)]
+    bags = [
+        FakeBag(ticks, k * 10_000, size, compressed, contract=contract, image=lambda n, side: make_noisy_image(n % 16, side))
+        for k in range(count)
+    ]
     return [bag.write(folder / f"bag_{k}") for k, bag in enumerate(bags)], contract
 
 
