@@ -15,6 +15,7 @@ from diwa_core.control.target import TargetIntegrator, wrap
 from diwa_core.errors import ConfigError
 from diwa_core.sim.scene import NEUTRAL_JOINTS
 from diwa_core.sim.state import NEUTRAL_POSE
+from diwa_ros.gate import State, Watchdog
 
 CONFIGS = Path(__file__).parents[1] / "config"
 FAKE = load_robot_config(CONFIGS / "fake_fr3.yaml")
@@ -95,3 +96,17 @@ def test_mistakes_in_a_robots_yaml(tmp_path: Path, text: str, message: str) -> N
 def test_both_arms_are_known() -> None:
     assert load_robot_config(CONFIGS / "robot.yaml").motion.joint_upper_rad[5] == 4.6216
     assert RobotConfig(model="fer").motion.joint_upper_rad[5] == 3.7525
+
+
+def test_a_stop_of_ours_outlasts_the_robots_own_state() -> None:
+    watchdog = Watchdog()
+    watchdog.connect()
+    watchdog.impose(State.REFLEX, "reflex")
+    watchdog.stop()
+    watchdog.impose(State.REFLEX, "reflex")
+    assert watchdog.state is State.REFLEX
+    watchdog.release()
+    assert watchdog.state is State.USER_STOPPED
+    watchdog.resume()
+    watchdog.release()
+    assert watchdog.state is State.IDLE

@@ -97,6 +97,11 @@ class Probe(Node):
     def trigger(self, name: str) -> Trigger.Response:
         return self.call(Trigger, f"controller/{name}", Trigger.Request())
 
+    def insist(self, name: str) -> None:
+        """Call until it is accepted, then wait for IDLE: on a busy machine the robot may seem silent in between."""
+        self.wait(lambda: self.trigger(name).success, f"{name} to be accepted")
+        self.wait(lambda: self.state == "IDLE", "IDLE")
+
     def set_fault(self, fault: str) -> None:
         value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=fault)
         request = SetParameters.Request(parameters=[ParameterMessage(name="fault", value=value)])
@@ -157,8 +162,7 @@ def test_stop_and_resume(probe: Probe) -> None:
     commands = probe.status.commands
     probe.wait(lambda: probe.status.commands == commands, "no further command")
     probe.action = None
-    assert probe.trigger("resume").success
-    probe.wait(lambda: probe.state == "IDLE", "IDLE")
+    probe.insist("resume")
 
 
 def test_a_reflex_is_shown_and_recovered_on_request_only(probe: Probe) -> None:
@@ -168,8 +172,7 @@ def test_a_reflex_is_shown_and_recovered_on_request_only(probe: Probe) -> None:
     assert "cartesian_reflex" in probe.status.reason
     assert not probe.trigger("resume").success
     probe.action = None
-    assert probe.trigger("recover").success
-    probe.wait(lambda: probe.state == "IDLE", "IDLE")
+    probe.insist("recover")
     probe.set_fault("none")
 
 
@@ -182,8 +185,7 @@ def test_a_user_stop_lasts_until_it_is_released_and_resumed(probe: Probe) -> Non
     assert not refused.success and "Release it" in refused.message
     probe.set_fault("none")
     assert probe.state == "USER_STOPPED"
-    probe.wait(lambda: probe.trigger("resume").success, "resume to be accepted")
-    probe.wait(lambda: probe.state == "IDLE", "IDLE")
+    probe.insist("resume")
 
 
 def test_a_lost_link_is_mended(probe: Probe) -> None:

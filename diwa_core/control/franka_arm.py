@@ -26,7 +26,8 @@ LOGGER = logging.getLogger(__name__)
 RETRY_S = 1.0
 POLL_STEPS = 2  # periods between two looks at errors of the running motion
 STALE_S = 0.3  # a state older than this is no state
-START_S = 0.2  # a motion may take this long to begin
+RECOVER_S = 1.0
+START_S = 1.0  # a motion may take this long to begin
 HOME_DYNAMICS = 0.1  # share of the arm's own speed, acceleration and jerk
 PREEMPTED = "Move command preempted!"  # what a motion says that we stopped ourselves
 
@@ -231,7 +232,7 @@ class FrankaArm:
     def _session(self, robot: Any) -> None:
         """Serve a connected robot until the link is lost (an exception) or the end. A lost Robot is dead; the next session has its own."""
         self._robot, self._franky = robot, import_franky()
-        self._tracker, self._moved_s = None, 0.0
+        self._tracker, self._moved_s, self._has_begun = None, 0.0, False
         self._drain()
         self._enter(Phase.READY, "ready")
         period_s, steps = 1.0 / self.config.stream_hz, 0
@@ -325,23 +326,35 @@ class FrankaArm:
         """Forget the old target; the next one begins at the measured pose."""
         self._aim = None
         if self.phase in (Phase.USER_STOPPED, Phase.FAULT) and self.state.mode in ("Idle", "Move"):
+            self._forget_motion()
             self._enter(Phase.READY, "ready")
 
     def _recover(self) -> None:
         """The robot's automatic error recovery, once, because somebody asked for it."""
         self._enter(Phase.RECOVERING, "recovering from a reflex")
-        self.recoveries += 1
+        self.recoveries, refusal = self.recoveries + 1, "the robot is still not idle"
         try:
             done = self._robot.recover_from_errors()
         except Exception as error:
             self._check_link(error)
-            done, self.reason = False, describe(error)
+            done, refusal = False, describe(error)
+        end_s = time.monotonic() + RECOVER_S
         self._read_state()
+        while done and self.state.mode == "Reflex" and time.monotonic() < end_s:
+            self._read_state()  # states from before the recovery may still be under way
         if done and self.state.mode in ("Idle", "Move"):
+            self._forget_motion()
             self._aim = None
             self._enter(Phase.READY, "ready")
         else:
-            self._enter(Phase.REFLEX, f"recovery was refused ({self.reason}); recover in Desk")
+            self._enter(Phase.REFLEX, f"recovery was refused ({refusal}); recover in Desk")
+
+    def _forget_motion(self) -> None:
+        """The motion that was cut off may still have an error to tell."""
+        try:
+            self._robot.poll_motion()
+        except Exception as error:
+            self._check_link(error)
 
     def _go_home(self) -> None:
         """To the home joints, slowly."""
@@ -360,7 +373,8 @@ class FrankaArm:
             self._aim = None
             self._enter(Phase.FAULT, f"{error} Then call controller/resume")
             return
-        self._source, self.commanded, self._moved_s = measured, measured, time.monotonic()
+        self._source, self.commanded = measured, measured
+        self._moved_s, self._has_begun = time.monotonic(), False
         try:
             if self.config.streaming == "impedance":
                 self._tracker = self._make_tracker()
@@ -424,7 +438,7 @@ class FrankaArm:
         self._try_move(stop)
 
     def _try_move(self, motion: Any) -> None:
-        self._moved_s = time.monotonic()
+        self._moved_s, self._has_begun = time.monotonic(), False
         try:
             self._robot.move(motion, asynchronous=True)
         except Exception as error:
@@ -442,7 +456,10 @@ class FrankaArm:
         except Exception as error:
             self._fail(error)
             return
-        if self._robot.is_in_control or self.state.mode == "Move" or time.monotonic() - self._moved_s < START_S:
+        if self._robot.is_in_control or self.state.mode == "Move":
+            self._has_begun = True
+            return
+        if not self._has_begun and time.monotonic() - self._moved_s < START_S:
             return
         if self.phase in (Phase.STOPPING, Phase.HOMING):
             self._enter(Phase.READY, "ready")

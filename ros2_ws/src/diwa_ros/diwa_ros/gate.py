@@ -240,6 +240,8 @@ class Watchdog:
     def stop(self) -> None:
         """A person stopped the arm; only `resume` ends that."""
         self._enter(State.USER_STOPPED, "stopped by controller/stop; call controller/resume")
+        if self.imposed:
+            self.kept = (self.state, self.reason)
 
     def resume(self) -> None:
         """Leave FAULT or USER_STOPPED, now or when the robot's own state ends. Raises GateError in any other state."""
