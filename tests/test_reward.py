@@ -11,11 +11,12 @@ from diwa_core.cli.main import main
 from diwa_core.contract import Contract
 from diwa_core.data.store import FIELDS, PlayStore
 from diwa_core.errors import CheckpointError, ConfigError, DataError
+from diwa_core.evaluate.rollout import AFTER_SUCCESS
 from diwa_core.policy.demonstrations import filter_episode
 from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier, contrastive_loss
-from diwa_core.reward.quality import _platt, compare, count_events, measure_quality, reliability
+from diwa_core.reward.quality import _platt, calibrate, choose_threshold, compare, count_events, measure_quality, reliability
 from diwa_core.reward.store import load_classifier, save_classifier
-from diwa_core.reward.train import check_successes, train_classifier, trusted_frames
+from diwa_core.reward.train import _draw, _pools, check_successes, train_classifier, trusted_frames
 from diwa_core.reward.windows import (
     HORIZON,
     Windows,
@@ -125,7 +126,14 @@ def test_labels_come_from_one_replaceable_function(store, still_model):
     assert (selection.frames[:10, WARMUP:] % 100 == 50).any(1).all()
     embed_selected(still_model, data, store, [selection])
     windows = read_windows([still_model], data, selection, ["turn_off_led"], marks)
-    assert torch.equal(windows.success["turn_off_led"], torch.from_numpy(selection.frames[:, WARMUP:] % 100 == 50))
+    assert torch.equal(windows.success("turn_off_led"), torch.from_numpy(selection.frames[:, WARMUP:] % 100 == 50))
+
+
+def replace_gain(model: WorldModel, gain: float) -> WorldModel:
+    """A copy with another gain of the filter."""
+    copy = WorldModel(replace(model.config, observation_gain=gain)).eval().requires_grad_(False)
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
 @pytest.mark.parametrize("config", [LOWDIM, TINY, TINY_PAPER], ids=["lowdim", "small", "paper"])
@@ -142,15 +150,16 @@ def test_windows_are_what_a_filter_and_a_dream_would_see(store, config):
     else:
         states = filter_episode(model, arrays)
         length = len(states.z) - WARMUP
-        assert torch.allclose(windows.start[0], states.z[WARMUP - 1], atol=1e-5)
-        assert torch.allclose(windows.filtered[0, :length], states.z[WARMUP:], atol=1e-5)
+        seen = filter_episode(replace_gain(model, 1.0), arrays).z  # every frame believed: no label comes before what it tells of
+        assert torch.allclose(windows.start[0], seen[WARMUP - 1], atol=1e-5)
+        assert torch.allclose(windows.filtered[0, :length], seen[WARMUP:], atol=1e-5)
         state = states[WARMUP - 1 : WARMUP]
         for t in range(length):
             state = model.rssm.imagine(state, torch.from_numpy(arrays["actions"][None, WARMUP - 1 + t]))
             assert torch.allclose(windows.imagined[0, t], state.z[0], atol=1e-4), t
     drawer = arrays["scene_obs"][:, DRAWER]
     real = torch.from_numpy(drawer[WARMUP:] - drawer[WARMUP - 1] > 0.12)
-    assert torch.equal(windows.success["open_drawer"][0][windows.valid[0]], real)
+    assert torch.equal(windows.success("open_drawer")[0][windows.valid[0]], real)
 
 
 def test_every_model_imagines_its_share_of_the_windows(store):
@@ -179,10 +188,10 @@ def test_parts_share_no_frame_and_stores_give_by_their_length(store, tmp_path, s
 def test_rollouts_are_whole_episodes_of_their_skill(tmp_path, still_model):
     lengths = {"open_drawer": (30, 80), "turn_on_led": (50,)}
     episodes = [play_episode(i, n, SKILLS.index(skill)) for skill, some in lengths.items() for i, n in enumerate(some)]
-    windows = collect_rollouts([still_model], [make_store(tmp_path / "rollouts", episodes)], ["open_drawer"])
-    tried = windows.chosen_for("open_drawer")
-    assert tried.valid.sum(1).tolist() == [30 - WARMUP, 80 - WARMUP] and tried.valid.shape[1] == 80 - WARMUP
-    assert len(windows.chosen_for("close_drawer")) == 0
+    windows = collect_rollouts([still_model], [make_store(tmp_path / "rollouts", episodes)], ["open_drawer", "close_drawer"])
+    tried = windows.episodes_of("open_drawer")
+    assert windows.valid.sum(1).tolist() == [30 - WARMUP, 80 - WARMUP, 50 - WARMUP] and len(tried) == 2
+    assert len(windows.episodes_of("close_drawer")) == 0
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------------------------
@@ -210,7 +219,7 @@ def make_windows(success: list[list[bool]], imagined: torch.Tensor | None = None
     frame = 200 * torch.arange(count)
     skill = torch.full((count,), SKILLS.index("open_drawer"))
     start = torch.zeros(count, filtered.shape[-1])
-    return Windows(start, filtered, imagined, torch.ones_like(labels), {"open_drawer": labels}, skill, frame)
+    return Windows(start, filtered, imagined, torch.ones_like(labels), {"open_drawer": 2.0 * labels}, skill, frame)
 
 
 class Reader(SuccessClassifier):
@@ -253,13 +262,56 @@ def scenes_and_arms(count: int, dream_fails: float) -> Windows:
 def test_a_dream_that_failed_is_not_a_success_whatever_the_arm_did():
     windows = scenes_and_arms(100, dream_fails=0.8)
     quick = ClassifierConfig(2, 1, updates=100, teacher_updates=60, learning_rate=1e-2, batch=64, hidden=16, embedding=16)
-    real = windows.filtered[windows.success["open_drawer"]]
+    real = windows.filtered[windows.success("open_drawer")]
     fired = []  # at a scene that shows no success, with the arm as after one
     for changes in ({}, {"consistency": "off"}, {"arm_dropout": 0.0}):
         classifier = train_classifier(windows, "open_drawer", replace(quick, **changes))
         assert (classifier(real, torch.zeros_like(real)) > 0).float().mean() > 0.95
         fired.append(classifier(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)).sigmoid().item())
     assert fired[0] < 0.1 < min(fired[1:])
+
+
+def test_an_episode_ends_a_few_frames_after_its_success():
+    late = [False] * 3 + [True] + [False] * 16
+    windows = make_windows([late, [False] * 20])
+    cut = windows.episodes_of("open_drawer")
+    assert cut.valid.sum(1).tolist() == [3 + 1 + AFTER_SUCCESS, 20] and windows.valid.all()
+
+
+def test_close_calls_are_a_kind_of_their_own():
+    windows = make_windows([[False] * 5 + [True] * 5], filtered=torch.arange(10.0).reshape(1, 10, 1))
+    windows.progress["open_drawer"] = torch.tensor([[0.0, 0.4, 0.6, 0.8, 0.95, 1.05, 1.2, 1.4, 2.0, 2.0]])
+    negatives, positives = _pools(windows, "open_drawer", torch.zeros(1, 10, dtype=torch.bool))
+    assert [rows.tolist() for _, rows in negatives] == [[3, 4], [0, 1, 2]]
+    assert [rows.tolist() for _, rows in positives] == [[5, 6], [7, 8, 9]]
+    drawn, rows = _draw(negatives, 40)
+    assert (rows >= 3).sum() == 20 and torch.equal(drawn[:, 0], rows.float())
+
+
+def test_thresholds_stay_at_even_odds_unless_false_alarms_ask_for_more():
+    real = np.arange(100) < 50
+    clear = np.where(real, 0.9, 0.1)
+    assert np.isclose(choose_threshold(clear, real), 0.5)
+    alarmed = np.where(np.arange(100) >= 80, 0.8, clear)  # 20 false alarms
+    assert 0.8 - 1e-9 <= choose_threshold(alarmed, real) < 0.9
+    assert choose_threshold(np.full(100, 0.3), real) > 0.29  # what tells nothing is no reward
+    alarmed[:10] = 0.7  # shutting them out costs 10 successes: they are worth less
+    assert 0.8 - 1e-9 <= choose_threshold(alarmed, real) < 0.9
+
+
+def test_filtered_and_imagined_frames_have_thresholds_of_their_own():
+    real = torch.arange(80) % 2 == 0
+    done = real.float()[:, None, None].expand(-1, 3, -1)
+    seen = 0.8 * done
+    dream = torch.where((torch.arange(80) % 4 == 1)[:, None, None], torch.tensor(0.9), done)  # nearly a success where there was none
+    windows, reader = make_windows([[bool(r)] * 3 for r in real], dream, seen), Reader(ClassifierConfig(1))
+    reader.forward = lambda now, start: reader.scale * 4 * (now[..., -1] - 0.5) + reader.shift
+    calibrate(reader, windows, "open_drawer")
+    assert reader.threshold > reader.filtered_threshold
+    nearly, start = torch.tensor([[0.9]]), torch.zeros(1, 1)
+    assert not reader.success(nearly, start) and reader.success(torch.ones(1, 1), start)
+    figures = measure_quality(reader, windows, "open_drawer")
+    assert figures["filtered"]["episodes"]["precision"] == figures["imagined"]["episodes"]["precision"] == 1.0
 
 
 def test_training_repeats_from_its_seed():
@@ -367,7 +419,7 @@ def test_train_and_report(recorded, store, still_model, capsys):
     _, checkpoint = load_classifier(recorded / "classifiers" / "open_drawer", skill="open_drawer")
     card = checkpoint.card
     seen, dreamt = (card[latents]["episodes"] for latents in ("filtered", "imagined"))
-    assert min(seen["precision"], seen["recall"]) > 0.9 and card["events"] > 1
+    assert min(seen["precision"], seen["recall"]) > 0.8 and card["events"] > 1
     assert dreamt["recall"] < 0.2  # nothing ever moves in this model's dreams, so nothing may be rewarded
     assert card["rollouts"]["filtered"]["episodes"]["count"] == 4 and sum(seen["reliability"]["count"]) == seen["count"]
     assert checkpoint.lineage["play"] == [store.content_hash] and len(checkpoint.lineage["demos"]) == 1

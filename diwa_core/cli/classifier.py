@@ -98,14 +98,15 @@ def train(args: argparse.Namespace) -> int:
         config = from_dict(ClassifierConfig, sizes | overrides, f"{args.config}: classifier")
         for skill in skills:
             classifier = train_classifier(windows, skill, config, args.seed, lambda done, skill=skill: progress(skill, done))
-            card = {"threshold": calibrate(classifier, calibration.chosen_for(skill), skill)}
-            card |= measure_quality(classifier, held_out.chosen_for(skill), skill)
-            tried = rollouts.chosen_for(skill) if rollouts else ()
+            calibrate(classifier, calibration.episodes_of(skill), skill)
+            card = {"threshold": classifier.threshold.item(), "filtered_threshold": classifier.filtered_threshold.item()}
+            card |= measure_quality(classifier, held_out.episodes_of(skill), skill)
+            tried = rollouts.episodes_of(skill) if rollouts else ()
             if len(tried):
                 card["rollouts"] = measure_quality(classifier, tried, skill)
             path = Path(args.out) / skill
             identity = save_classifier(path, classifier.cpu(), world.contract, skill, world.identity, lineage, card)
-            logger.info("%s: threshold %.2f -> %s, identity %s", skill, card["threshold"], path, identity[:16])
+            logger.info("%s: threshold in dreams %.2f -> %s, identity %s", skill, card["threshold"], path, identity[:16])
     print(format_report(Path(args.out)))
     return 0
 
@@ -125,21 +126,25 @@ def format_report(folder: Path) -> str:
     if not cards:
         raise DataError(f"{folder}: expected classifiers in folders named after skills ({', '.join(SKILLS)}), found none.")
     heads = [f"{latents} {unit}" for latents, unit in KINDS]
-    lines = [f"Precision / recall at the threshold, on held-out data. Goal {GOAL} / {GOAL} for episodes.", ""]
-    lines.append(_format_row("held-out play", "threshold", "events", heads, "calibration error"))
-    lines += [_report_row(skill, card["threshold"], card) for skill, card in cards.items()]
+    lines = [
+        f"Precision / recall on held-out data, at the thresholds of filtered / of imagined frames. Goal {GOAL} / {GOAL} for episodes.",
+        "",
+        _format_row("held-out play", "thresholds", "events", heads, "calibration error"),
+        *(_report_row(skill, card, card) for skill, card in cards.items()),
+    ]
     tried = {skill: card for skill, card in cards.items() if "rollouts" in card}
     if tried:
-        lines += ["", _format_row("policy rollouts", "threshold", "events", heads, "calibration error")]
-        lines += [_report_row(skill, card["threshold"], card["rollouts"]) for skill, card in tried.items()]
+        lines += ["", _format_row("policy rollouts", "thresholds", "events", heads, "calibration error")]
+        lines += [_report_row(skill, card, card["rollouts"]) for skill, card in tried.items()]
     return "\n".join(lines)
 
 
-def _report_row(skill: str, threshold: float, figures: dict) -> str:
+def _report_row(skill: str, card: dict, figures: dict) -> str:
+    thresholds = f"{card.get('filtered_threshold', card['threshold']):.2f} / {card['threshold']:.2f}"
     parts = [figures[latents][unit] for latents, unit in KINDS]
     pairs = [" / ".join("-" if part[name] is None else f"{part[name]:.2f}" for name in ("precision", "recall")) for part in parts]
-    return _format_row(skill, f"{threshold:.2f}", str(figures["events"]), pairs, f"{parts[-1]['reliability']['expected_error']:.3f}")
+    return _format_row(skill, thresholds, str(figures["events"]), pairs, f"{parts[-1]['reliability']['expected_error']:.3f}")
 
 
-def _format_row(name: str, threshold: str, events: str, figures: list[str], error: str) -> str:
-    return f"{name:18s} {threshold:>9s} {events:>6s} " + " ".join(f"{cell:>17s}" for cell in figures) + f" {error:>17s}"
+def _format_row(name: str, thresholds: str, events: str, figures: list[str], error: str) -> str:
+    return f"{name:18s} {thresholds:>11s} {events:>6s} " + " ".join(f"{cell:>17s}" for cell in figures) + f" {error:>17s}"

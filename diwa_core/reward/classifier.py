@@ -64,7 +64,8 @@ class SuccessClassifier(nn.Module):
         self.register_buffer("std", torch.ones(config.inputs))
         self.register_buffer("scale", torch.tensor(1.0))  # of the logit, and what is added to it: set by calibration
         self.register_buffer("shift", torch.tensor(0.0))
-        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("threshold", torch.tensor(0.5))  # of the reward in dreams, which show half a success where they are unsure
+        self.register_buffer("filtered_threshold", torch.tensor(0.5))  # of what was really seen
 
     def embedding(self, now: Tensor, start: Tensor) -> Tensor:
         """[N, C]."""
@@ -79,7 +80,7 @@ class SuccessClassifier(nn.Module):
 
     @torch.no_grad()
     def success(self, now: Tensor, start: Tensor) -> Tensor:
-        """Whether the skill has succeeded, bool [N], at the calibrated threshold."""
+        """Whether the skill has succeeded, bool [N], at the threshold calibrated for dreams."""
         return self(now, start).sigmoid() > self.threshold
 
     @torch.no_grad()

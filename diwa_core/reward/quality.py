@@ -15,28 +15,41 @@ from diwa_core.reward.classifier import SuccessClassifier
 from diwa_core.reward.windows import Windows
 
 BINS = 10
+FALSE_ALARM_COST = 2.0  # of a rewarded failure, in missed successes: a policy finds what is rewarded too early and exploits it
+_THRESHOLD_SLACK = 0.005  # of the score: less is no reason to leave 0.5, which is where Platt's scaling puts the even odds
 _EVENT_GAP = 30  # frames between two successes that count as different ones
 
 
-def calibrate(classifier: SuccessClassifier, windows: Windows, skill: str) -> float:
-    """Set scale, shift and threshold so that they judge whole episodes, filtered and imagined together; returns the threshold.
+def calibrate(classifier: SuccessClassifier, windows: Windows, skill: str) -> None:
+    """Set scale and shift so that they judge whole episodes, filtered and imagined together, and the threshold of each of the two.
 
-    An episode's probability is its highest frame's. Scale and shift are Platt's (1999, with his smoothed targets); the threshold is the
-    one of best balanced accuracy. There must be successes and failures (`check_successes`).
+    An episode's probability is its highest frame's. Scale and shift are Platt's (1999, with his smoothed targets); thresholds are
+    `choose_threshold`'s. There must be successes and failures (`check_successes`).
     """
-    real = episode_success(windows, skill)
+    real = windows.success(skill).any(1).cpu().numpy()
     classifier.scale.fill_(1.0)
     classifier.shift.fill_(0.0)
-    best = torch.cat([best_logit(classifier.judge(now, windows.start), windows) for now in (windows.filtered, windows.imagined)])
-    best, real = best.double().cpu().numpy(), np.tile(real, 2)
-    scale, shift = _platt(best, real)
+    seen, dreamt = (
+        best_logit(classifier.judge(now, windows.start), windows).double().cpu().numpy() for now in (windows.filtered, windows.imagined)
+    )
+    scale, shift = _platt(np.concatenate([seen, dreamt]), np.tile(real, 2))
     classifier.scale.fill_(scale)
     classifier.shift.fill_(shift)
-    best = expit(scale * best + shift)
-    candidates = np.linspace(0.05, 0.95, 91)
-    accuracy = [(best[real] > c).mean() + (best[~real] <= c).mean() for c in candidates]
-    classifier.threshold.fill_(float(np.median(candidates[np.isclose(accuracy, max(accuracy))])))
-    return classifier.threshold.item()
+    classifier.filtered_threshold.fill_(choose_threshold(expit(scale * seen + shift), real))
+    classifier.threshold.fill_(choose_threshold(expit(scale * dreamt + shift), real))
+
+
+def choose_threshold(probability: np.ndarray, real: np.ndarray) -> float:
+    """The threshold nearest to 0.5 of those at which probabilities [N] tell outcomes [N] best.
+
+    The score is the share of successes found minus FALSE_ALARM_COST times the share of failures taken for one, so that probabilities that
+    tell nothing reward nothing.
+    """
+    candidates = np.linspace(0.05, 0.99, 95)
+    found, alarms = ((probability[which] > candidates[:, None]).mean(1) for which in (real, ~real))
+    score = found - FALSE_ALARM_COST * alarms
+    good = candidates[score >= score.max() - _THRESHOLD_SLACK]
+    return float(good[np.abs(good - 0.5).argmin()])
 
 
 def _platt(logit: np.ndarray, real: np.ndarray) -> tuple[float, float]:
@@ -52,11 +65,6 @@ def _platt(logit: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     return float(np.exp(log_scale)), float(shift)
 
 
-def episode_success(windows: Windows, skill: str) -> np.ndarray:
-    """Whether each window holds a success, bool [B]."""
-    return (windows.success[skill] & windows.valid).any(1).cpu().numpy()
-
-
 def best_logit(logits: Tensor, windows: Windows) -> Tensor:
     """The highest of logits [B, T] in each window [B]."""
     return logits.masked_fill(~windows.valid, -torch.inf).amax(1)
@@ -67,12 +75,13 @@ def measure_quality(classifier: SuccessClassifier, windows: Windows, skill: str)
 
     `events` is the number of different real successes: windows overlap, so it says how much the figures can be trusted.
     """
-    real, success, valid = episode_success(windows, skill), windows.success[skill], windows.valid
+    success, valid = windows.success(skill), windows.valid
+    real = success.any(1).cpu().numpy()
     figures: dict = {"events": count_events(windows, skill)}
     for name in ("filtered", "imagined"):
         logits = classifier.judge(getattr(windows, name), windows.start)
         probability, best = logits.sigmoid(), best_logit(logits, windows).sigmoid().cpu().numpy()
-        threshold = classifier.threshold.item()
+        threshold = (classifier.filtered_threshold if name == "filtered" else classifier.threshold).item()
         figures[name] = {
             "frames": compare(probability[valid].cpu().numpy(), success[valid].cpu().numpy(), threshold),
             "episodes": compare(best, real, threshold),
@@ -110,7 +119,7 @@ def reliability(probability: np.ndarray, real: np.ndarray) -> dict:
 
 def count_events(windows: Windows, skill: str) -> int:
     """Number of different real successes in overlapping windows."""
-    hit = windows.success[skill] & windows.valid
+    hit = windows.success(skill)
     good = hit.any(1)
     onset = np.sort((windows.frame[good] + hit[good].int().argmax(1)).cpu().numpy())
     return int((np.diff(onset) > _EVENT_GAP).sum()) + bool(len(onset))

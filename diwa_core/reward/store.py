@@ -40,8 +40,11 @@ def load_classifier(path: str | Path, world_model_id: str | None = None, skill: 
             f"{path}: expected a classifier of world model '{world_model_id[:16]}', found one of {str(found)[:16]!r}. Train it again."
         )
     classifier = SuccessClassifier(from_dict(ClassifierConfig, checkpoint.config.get("classifier", {}), f"{path}: classifier"))
+    tensors = dict(checkpoint.tensors)
+    if "threshold" in tensors:
+        tensors.setdefault("filtered_threshold", tensors["threshold"])  # classifiers once had one threshold for all
     try:
-        classifier.load_state_dict(checkpoint.tensors)
+        classifier.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: tensors do not fit the configuration in its manifest: {error}") from error
     return classifier.eval().requires_grad_(False), checkpoint

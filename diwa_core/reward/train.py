@@ -18,6 +18,7 @@ from diwa_core.reward.windows import Windows
 from diwa_core.sim.skills import SKILLS
 
 Pool = tuple[Tensor, Tensor]  # read-outs [B * T, R] and the rows of them to draw from
+CLOSE = 0.3  # share of the way to success: filtered frames nearer to it than this, on either side, are a kind of their own
 
 
 def train_classifier(
@@ -42,7 +43,7 @@ def train_classifier(
 def check_successes(windows: Windows, skills: list[str], where: str) -> None:
     """Raise DataError unless there are successes and failures of every skill among the windows chosen for it."""
     for skill in skills:
-        success = (windows.success[skill] & windows.valid).any(1)[windows.skill == SKILLS.index(skill)]
+        success = windows.success(skill).any(1)[windows.skill == SKILLS.index(skill)]
         if not success.any() or success.all():
             found = f"{int(success.sum())} of {len(success)} windows with a success"
             raise DataError(f"skill '{skill}': {where} needs successes and failures, found {found}. Record more, or leave the skill out.")
@@ -50,10 +51,11 @@ def check_successes(windows: Windows, skills: list[str], where: str) -> None:
 
 def trusted_frames(windows: Windows, skill: str, config: ClassifierConfig, teacher: SuccessClassifier | None) -> Tensor:
     """Imagined frames [B, T] that are taught with the label of what really happened (see ClassifierConfig.consistency)."""
-    success, keep = windows.success[skill], windows.valid.clone()
+    success, keep = windows.success(skill), windows.valid.clone()
     keep[:, config.imagined_frames :] = False
     if config.settle_frames:
-        changed = F.pad((success[:, 1:] != success[:, :-1]).float(), (config.settle_frames, config.settle_frames))
+        done = windows.progress[skill] > 1  # not `success`: the end of an episode is no change
+        changed = F.pad((done[:, 1:] != done[:, :-1]).float(), (config.settle_frames, config.settle_frames))
         keep &= F.max_pool1d(changed[:, None], 2 * config.settle_frames, stride=1)[:, 0] == 0
     if teacher is not None:
         dreamt = teacher.judge(windows.imagined, windows.start) > 0
@@ -65,12 +67,10 @@ def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tenso
     """Train on all filtered frames and on the `imagined` [B, T] ones."""
     device, time = windows.start.device, windows.valid.shape[1]
     classifier = SuccessClassifier(config).to(device).train()
-    kinds = [(windows.filtered.flatten(0, 1), windows.valid), (windows.imagined.flatten(0, 1), imagined)]
-    classifier.mean.copy_(kinds[0][0].mean(0))
-    classifier.std.copy_(kinds[0][0].std(0).clamp_min(1e-2))
-    success, own = windows.success[skill], (windows.skill == SKILLS.index(skill))[:, None]
-    positives = _pools([(now, use & success) for now, use in kinds])
-    negatives = _pools([(now, use & ~success & mine) for now, use in kinds for mine in (own, ~own)])  # near misses are among its own
+    filtered = windows.filtered.flatten(0, 1)
+    classifier.mean.copy_(filtered.mean(0))
+    classifier.std.copy_(filtered.std(0).clamp_min(1e-2))
+    negatives, positives = _pools(windows, skill, imagined)
     optimizer = torch.optim.AdamW(classifier.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates)
     label = torch.arange(2, device=device).repeat_interleave(config.batch // 2).float()
@@ -86,10 +86,18 @@ def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tenso
     return classifier.eval().requires_grad_(False)
 
 
-def _pools(kinds: list[tuple[Tensor, Tensor]]) -> list[Pool]:
-    """Read-outs with the rows of the marked frames [B, T]; without the empty ones."""
-    pools = [(now, marked.flatten().nonzero().squeeze(1)) for now, marked in kinds]
-    return [(now, rows) for now, rows in pools if len(rows)]
+def _pools(windows: Windows, skill: str, imagined: Tensor) -> tuple[list[Pool], list[Pool]]:
+    """Failures and successes to draw from, in kinds that get equal shares; without the empty ones."""
+    success, own = windows.success(skill), (windows.skill == SKILLS.index(skill))[:, None]
+    close = (windows.progress[skill] - 1).abs() < CLOSE  # few frames, and those that tell exactly where the line is
+    seen, dreamt = windows.filtered.flatten(0, 1), windows.imagined.flatten(0, 1)
+    kinds = [(seen, windows.valid & use) for use in (close, ~close & own, ~close & ~own)]
+    kinds += [(dreamt, imagined & use) for use in (own, ~own)]
+    pools = []
+    for wanted in (~success, success):
+        marked = [(now, (use & wanted).flatten().nonzero().squeeze(1)) for now, use in kinds]
+        pools.append([(now, rows) for now, rows in marked if len(rows)])
+    return pools[0], pools[1]
 
 
 def _draw(pools: list[Pool], count: int) -> tuple[Tensor, Tensor]:

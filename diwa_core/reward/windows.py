@@ -1,6 +1,6 @@
 """Windows of recorded episodes with success labels: what success classifiers learn from and what they are measured on.
 
-A window is an episode as a dream has it: a reset, the warm-up, then up to HORIZON frames, read out filtered and imagined.
+A window is an episode as a dream has it: a reset, the warm-up, then up to HORIZON frames, read out as seen and as imagined.
 Letters: B windows, W frames of warm-up, T frames after it, R read-out.
 """
 
@@ -16,13 +16,14 @@ from torch import Tensor
 from diwa_core.data.sequences import SequenceIndex
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import ConfigError, DataError
+from diwa_core.evaluate.rollout import AFTER_SUCCESS
 from diwa_core.sim.skills import SKILLS, skill_progress
 from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.probe import filter_windows, readout
 from diwa_core.world_model.train import PlayData
 
 HORIZON = 72
-NEAR_MISS = 0.5  # share of the way to success from which a failure counts as near
+NEAR_MISS, CLOSE_MISS = 0.5, 0.7  # shares of the way to success from which a failure counts as near, and as close
 CHUNK = 256  # windows filtered at a time
 _CANDIDATES = 50_000  # window starts looked at in one store; more are thinned out evenly
 
@@ -51,42 +52,52 @@ class Selection:
 
 @dataclass
 class Windows:
-    """Read-outs after the warm-up: start [B, R], filtered and imagined [B, T, R]; valid [B, T]; success: skill -> bool [B, T];
-    skill [B]: number of the skill a window was chosen for; frame [B]: where it begins in the play."""
+    """Read-outs: start [B, R] at the end of the warm-up, filtered and imagined [B, T, R] after it, of which valid [B, T] exist.
+
+    progress: skill -> float [B, T] as a LabelSource gives it; skill [B]: number of the skill a window was chosen for; frame [B]: where it
+    begins in the play.
+    """
 
     start: Tensor
     filtered: Tensor
     imagined: Tensor
     valid: Tensor
-    success: dict[str, Tensor]
+    progress: dict[str, Tensor]
     skill: Tensor
     frame: Tensor
 
     def __len__(self) -> int:
         return len(self.start)
 
-    def chosen_for(self, skill: str) -> Windows:
-        """Those chosen for `skill`."""
+    def success(self, skill: str) -> Tensor:
+        """Whether `skill` has succeeded at each frame, bool [B, T]."""
+        return (self.progress[skill] > 1) & self.valid
+
+    def episodes_of(self, skill: str) -> Windows:
+        """Those chosen for `skill`, each ending AFTER_SUCCESS frames after its first success, as a policy's episodes do."""
         rows = self.skill == SKILLS.index(skill)
-        names = ("start", "filtered", "imagined", "valid")
-        success = {name: values[rows] for name, values in self.success.items()}
-        return Windows(*(getattr(self, name)[rows] for name in names), success, self.skill[rows], self.frame[rows])
+        since = self.success(skill)[rows].int().cummax(1).values.cumsum(1)
+        valid = self.valid[rows] & (since <= AFTER_SUCCESS + 1)
+        progress = {name: values[rows] for name, values in self.progress.items()}
+        names = ("start", "filtered", "imagined")
+        return Windows(*(getattr(self, name)[rows] for name in names), valid, progress, self.skill[rows], self.frame[rows])
 
     @staticmethod
     def join(parts: list[Windows]) -> Windows:
         """Windows of several stores in a row; they must be of one length."""
         names = ("start", "filtered", "imagined", "valid")
         tensors = [torch.cat([getattr(part, name) for part in parts]) for name in names]
-        success = {skill: torch.cat([part.success[skill] for part in parts]) for skill in parts[0].success}
+        progress = {skill: torch.cat([part.progress[skill] for part in parts]) for skill in parts[0].progress}
         ends = np.cumsum([0, *(int(part.frame.max()) + 10_000 for part in parts)])  # so that events of two stores never meet
         frame = torch.cat([part.frame + end for part, end in zip(parts, ends.tolist(), strict=False)])
-        return Windows(*tensors, success, torch.cat([part.skill for part in parts]), frame)
+        return Windows(*tensors, progress, torch.cat([part.skill for part in parts]), frame)
 
 
 def select_windows(
     data: PlayData, skills: list[str], count: int, warmup: int, rng: np.random.Generator, label: LabelSource = oracle_progress
 ) -> Selection:
-    """Up to `count` windows for each skill: half with a success, a quarter near misses and failed attempts, a quarter anything else.
+    """Up to `count` windows for each skill: half with a success, a quarter near misses and failed attempts (half of them close, if there
+    are so many), a quarter anything else.
 
     Raises DataError when no episode is longer than the warm-up.
     """
@@ -98,9 +109,12 @@ def select_windows(
     frames, valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rows, chosen = [], []
     for skill in skills:
-        success, near = _judge(data, skill, frames, valid, warmup, label)
-        kinds = (success, count // 2), (near & ~success, count // 4), (~near & ~success, count - count // 2 - count // 4)
-        picked = np.concatenate([rng.permutation(np.flatnonzero(kind))[:wanted] for kind, wanted in kinds])
+        best, near = _judge(data, skill, frames, valid, warmup, label)
+        success, close = best > 1, (best > CLOSE_MISS) & (best <= 1)
+        kinds = [(success, count // 2), (~near & ~success, count - count // 2 - count // 4), (close, count // 8)]
+        picked = [rng.permutation(np.flatnonzero(kind))[:wanted] for kind, wanted in kinds]
+        others = np.setdiff1d(np.flatnonzero(near & ~success), picked[-1])
+        picked = np.concatenate([*picked, rng.permutation(others)[: count // 4 - len(picked[-1])]])
         rows.append(picked)
         chosen.append(np.full(len(picked), SKILLS.index(skill)))
     row = np.concatenate(rows)
@@ -122,14 +136,14 @@ def _lay_windows(starts: np.ndarray, end: int, length: int) -> tuple[np.ndarray,
 def _judge(
     data: PlayData, skill: str, frames: np.ndarray, valid: np.ndarray, warmup: int, label: LabelSource, chunk: int = 2048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which windows [B] hold a success, and which come near one or attempt the skill; in pieces, because labels of all are gigabytes."""
-    success, near = [], []
+    """How far each window [B] comes on the way to success, and which come near one or attempt the skill; in pieces, because labels of all
+    are gigabytes."""
+    best, near = [], []
     for part in range(0, len(frames), chunk):
         start, later = frames[part : part + chunk, warmup - 1], frames[part : part + chunk, warmup:]
-        best = np.where(valid[part : part + chunk, warmup:], label(data, skill, start, later), -np.inf).max(1)
-        success.append(best > 1)
-        near.append((best > NEAR_MISS) | (data.labels["skill"][later] == SKILLS.index(skill)).any(1))
-    return np.concatenate(success), np.concatenate(near)
+        best.append(np.where(valid[part : part + chunk, warmup:], label(data, skill, start, later), -np.inf).max(1))
+        near.append((best[-1] > NEAR_MISS) | (data.labels["skill"][later] == SKILLS.index(skill)).any(1))
+    return np.concatenate(best), np.concatenate(near)
 
 
 def collect_windows(
@@ -234,15 +248,18 @@ def read_windows(
     back = torch.from_numpy(np.argsort(order)).to(device)
     seen, dreamt = torch.cat(filtered)[back], torch.cat(imagined)[back]
     start, later = selection.frames[:, warmup - 1], selection.frames[:, warmup:]
-    success = {skill: torch.from_numpy(label(data, skill, start, later) > 1).to(device) for skill in skills}
+    progress = {skill: torch.from_numpy(label(data, skill, start, later).astype(np.float32)).to(device) for skill in skills}
     valid, skill, frame = (torch.from_numpy(x).to(device) for x in (selection.valid, selection.skill, selection.frames[:, 0]))
-    return Windows(seen[:, warmup - 1], seen[:, warmup:], dreamt, valid, success, skill, frame)
+    return Windows(seen[:, warmup - 1], seen[:, warmup:], dreamt, valid, progress, skill, frame)
 
 
 def _read_filtered(model: WorldModel, data: PlayData, index: SequenceIndex) -> Tensor:
-    """Read-outs [B, W + T, R] of filtered windows."""
+    """Read-outs [B, W + T, R] of filtered windows; of residual latents the embeddings, which a filter nears only by and by.
+
+    So a label is exact to the frame, which it would not be for a posterior that lags behind.
+    """
     if model.config.latent == "residual" and data.embeddings is not None:
-        return data.embeddings[torch.from_numpy(index.frames).to(data.embeddings.device)]  # the posterior is the embedding
+        return data.embeddings[torch.from_numpy(index.frames).to(data.embeddings.device)]
     return readout(model, filter_windows(model, data, index))
 
 
