@@ -24,7 +24,12 @@ from diwa_core.data.bag_reader import load_types
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from bag_support import FakeBag, frame_image
 
-KINDS = {"64 x 64 raw": (64, ""), "640 x 640 raw": (640, ""), "640 x 640 jpeg": (640, "jpeg")}
+HEIGHT = 480  # of pictures that are wider
+KINDS = {  # side or width in pixels, compression
+    "64 x 64 raw": (64, ""),
+    "640 x 480 raw": (640, ""),
+    "640 x 480 jpeg": (640, "jpeg"),
+}
 BATCH, LENGTH = 64, 56
 NEED = 20  # times real time
 
@@ -33,13 +38,13 @@ NEED = 20  # times real time
 def make_noisy_image(number: int, size: int) -> np.ndarray:
     """A picture with a camera's noise: smooth ones would be too easy for JPEG."""
     noise = np.random.default_rng(number).integers(0, 12, (size, size, 3), dtype=np.uint8)
-    return frame_image(number, size) // 2 + noise
+    return (frame_image(number, size) // 2 + noise)[:HEIGHT]
 
 
 def write_bags(folder: Path, size: int, compressed: str, seconds: float, count: int) -> tuple[list[Path], Contract]:
     """`count` bags that together last `seconds`."""
     contract = Contract()
-    contract = replace(contract, images=tuple(replace(stream, height=size, width=size) for stream in contract.images))
+    contract = replace(contract, images=tuple(replace(stream, height=min(size, HEIGHT), width=size) for stream in contract.images))
     ticks = round(seconds / count * contract.rate_hz)
     bags = [
         FakeBag(ticks, k * 10_000, size, compressed, contract=contract, image=lambda n, side: make_noisy_image(n % 16, side))

@@ -27,7 +27,7 @@ import zstandard
 from mcap.data_stream import ReadDataStream
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, Chunk, Metadata, Schema
+from mcap.records import Channel, Chunk, Metadata, MetadataIndex, Schema
 from rosbags.rosbag2 import Reader as RosbagsReader
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
@@ -37,6 +37,7 @@ from diwa_core.data.bag_format import METADATA, Recording
 from diwa_core.errors import DataError, DiwaError
 
 MAGIC = b"\x89MCAP0\r\n"
+FOOTER_BYTES = 29
 MAX_CHUNK_BYTES = 256 << 20  # of one MCAP chunk or message, unpacked
 MAX_TEXT_BYTES = 16 << 20  # of metadata.yaml
 MAX_DEFINITION_BYTES = 1 << 18
@@ -45,7 +46,7 @@ PARSERS = {"ros2msg": get_types_from_msg, "ros2idl": get_types_from_idl}
 # What readers of damaged data raise: each library has its own ways.
 DAMAGE = (
     *(McapError, SerdeError, zstandard.ZstdError, struct.error, RuntimeError, ValueError, KeyError, IndexError),
-    *(TypeError, AttributeError, OverflowError, EOFError, AssertionError, OSError, MemoryError, RecursionError),
+    *(StopIteration, TypeError, AttributeError, OverflowError, EOFError, AssertionError, OSError, MemoryError, RecursionError),
 )
 
 
@@ -215,7 +216,7 @@ class BagReader:
 class McapFile:
     """One MCAP file, read from front to back, so that it need be neither indexed nor whole.
 
-    topics: those of the whole file; entries: its metadata records (name, values). Nothing but the data section is looked at.
+    topics: those of the whole file; entries: its metadata records (name, values).
     """
 
     def __init__(self, path: Path, notes: list[str]) -> None:
@@ -224,8 +225,35 @@ class McapFile:
         self.entries: list[tuple[str, dict[str, str]]] = []
         self._schemas: dict[int, Schema] = {}
         self._channels: dict[int, Channel] = {}
-        for _ in self._scan(None):
-            pass
+        if not self._read_summary():
+            for _ in self._scan(None):
+                pass
+
+    def _read_summary(self) -> bool:
+        """Topics and entries from the end of a whole file, which saves a survey of it; False where there is none."""
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(-(FOOTER_BYTES + len(MAGIC)), os.SEEK_END)
+                footer = stream.read(FOOTER_BYTES)
+                if stream.read() != MAGIC or footer[0] != Opcode.FOOTER:
+                    return False
+                stream.seek(struct.unpack_from("<Q", footer, 9)[0])
+                for opcode, content in _read_records(stream, size):
+                    if opcode == Opcode.FOOTER:
+                        break
+                    if opcode == Opcode.METADATA_INDEX:
+                        self._read_entry(MetadataIndex.read(ReadDataStream(io.BytesIO(content))).offset, size)
+                    else:
+                        self._take_record(opcode, content, survey=True)
+        except DAMAGE:
+            self.topics, self.entries = {}, []
+        return bool(self.topics)
+
+    def _read_entry(self, offset: int, size: int) -> None:
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            self._take_record(*next(_read_records(stream, size)), survey=True)
 
     def messages(self, topics: set[str]) -> Iterator[BagMessage]:
         """Messages of `topics` in the order of the file, which is that of their arrival, whatever the clock did."""
@@ -386,7 +414,7 @@ def unpack_chunk(chunk: Chunk) -> bytes:
         data = chunk.data
     else:
         raise ValueError(f"compression '{chunk.compression}' is unknown")
-    if len(data) == chunk.uncompressed_size and chunk.uncompressed_crc not in (0, zlib.crc32(data)):
+    if chunk.uncompressed_crc and len(data) == chunk.uncompressed_size and chunk.uncompressed_crc != zlib.crc32(data):
         raise ValueError("checksum does not match")
     return data
 
