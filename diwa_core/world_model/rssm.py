@@ -3,8 +3,8 @@
 A state is a deterministic part h and a latent part z. Two kinds of latent share the recurrence:
 - categorical: z is a sample of one-hot groups; the posterior reads h and the embedded observation (DreamerV2, used by DiWA).
 - residual: z lives in the space of the embedded observation itself. The prior is z plus a predicted change; the posterior goes from there
-  a share of the way to the embedding, like a Kalman filter with a constant gain. Nothing a camera or an encoder measured is squeezed through
-  a bottleneck, so open-loop errors stay small on little compute; and what a policy sees live is as smooth as what it saw in dreams.
+  a share of the way to the embedding, like a Kalman filter with a constant gain. Nothing that was measured is squeezed through a bottleneck,
+  so open-loop errors stay small on little compute; and what a policy sees live is as smooth as what it saw in dreams.
 Letters: B batch, T time, D deterministic, Z latent, E embedding, A action.
 """
 
@@ -86,13 +86,15 @@ class CategoricalLatent(nn.Module):
 
 
 class ResidualLatent(nn.Module):
-    """The latent is an estimate of the embedded observation; the prior predicts its change. Parameters: mean [.., Z], log-std if stochastic.
+    """The latent estimates the embedded observation; the prior predicts its change. Parameters: mean [.., Z], log-std if stochastic.
 
     The commanded pose inside it is not predicted but computed by `command`; of the arm the prior predicts which share of its way to the
     commanded pose it goes (none when something is in the way), so neither free motion nor contact drifts.
     """
 
-    def __init__(self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, gain: float, command: CommandedPose) -> None:
+    def __init__(
+        self, deterministic: int, hidden: int, embedding: int, action: int, stochastic: bool, gain: float, command: CommandedPose
+    ) -> None:
         super().__init__()
         self.size, self.stochastic, self.gain = embedding, stochastic, gain
         self.outputs = embedding * (2 if stochastic else 1)
@@ -118,7 +120,7 @@ class ResidualLatent(nn.Module):
         return torch.cat([mean, (out[..., self.size :] - 3).clamp(-7, 1)], -1)
 
     def posterior(self, h: Tensor, embedding: Tensor, prior: Tensor, fresh: Tensor) -> Tensor:
-        """`gain` of the way from the prior's mean to the embedding; the embedding itself where nothing was seen before (`fresh` [B]). [B, Z]."""
+        """`gain` of the way from the prior's mean to the embedding, all of it where nothing was seen before (`fresh` [B]); [B, Z]."""
         mean = self.mean(prior)
         return mean + torch.where(fresh, 1.0, self.gain)[:, None] * (embedding - mean)
 
