@@ -54,18 +54,20 @@ def make_motion_filter(rng: np.random.Generator, measured: bool, joints: bool) -
     return tick
 
 
-def measure(tick: Callable[[int], object], count: int) -> list[float]:
-    """p50, p99 and maximum in milliseconds of `count` ticks, after a warm-up."""
+def measure(tick: Callable[[int], object], count: int) -> dict[str, list[float]]:
+    """p50, p99 and maximum in milliseconds of `count` ticks, after a warm-up: by the clock, and of this process alone."""
     for index in range(200):
         tick(index)
     gc.collect()
     gc.freeze()
-    spent_ns = np.empty(count)
+    wall_ns, cpu_ns = np.empty(count), np.empty(count)
     for index in range(count):
-        begin_ns = time.perf_counter_ns()
+        begin_ns, begin_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         tick(200 + index)
-        spent_ns[index] = time.perf_counter_ns() - begin_ns
-    return [float(value) / 1e6 for value in (*np.percentile(spent_ns, (50, 99)), spent_ns.max())]
+        cpu_ns[index] = time.thread_time_ns() - begin_cpu_ns
+        wall_ns[index] = time.perf_counter_ns() - begin_ns
+    spent = {"clock": wall_ns, "process": cpu_ns}
+    return {name: [float(value) / 1e6 for value in (*np.percentile(ns, (50, 99)), ns.max())] for name, ns in spent.items()}
 
 
 def main() -> None:
@@ -81,9 +83,10 @@ def main() -> None:
         "poses: with leash and joint margins": make_motion_filter(rng, measured=True, joints=True),
     }
     results = {name: measure(tick, args.ticks) for name, tick in parts.items()}
-    table = Table("gate", "p50 ms", "p99 ms", "max ms", f"p99 <= {GOAL_MS} ms")
-    for name, (p50, p99, worst) in results.items():
-        table.add_row(name, f"{p50:.3f}", f"{p99:.3f}", f"{worst:.3f}", "yes" if p99 <= GOAL_MS else "no")
+    table = Table("gate", "by the", "p50 ms", "p99 ms", "max ms", f"p99 <= {GOAL_MS} ms")
+    for name, spent in results.items():
+        for by, (p50, p99, worst) in spent.items():
+            table.add_row(name, by, f"{p50:.3f}", f"{p99:.3f}", f"{worst:.3f}", "yes" if p99 <= GOAL_MS else "no")
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

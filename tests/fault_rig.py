@@ -224,10 +224,10 @@ class SimulationRig:
         """State of the controller as last heard."""
         return self.statuses[-1][1].state_name if self.statuses else "none"
 
-    def bring_to_motion(self) -> str:
+    def bring_to_motion(self, attempts: int = 1) -> str:
         """Put the arm to the left and let the policy move it; returns what had to be done so that it moves: a call or nothing."""
         resumed_by = "by itself"
-        end_s = time.monotonic() + 2 * PATIENCE_S
+        end_s = time.monotonic() + 2 * PATIENCE_S * attempts
         while not self._try_motion():
             assert time.monotonic() < end_s, f"no motion: {self.state}, {self.statuses[-1][1].reason}; {self.probe.diagnostics}"
             if self.state in ("FAULT", "USER_STOPPED") and self.call("controller/resume").success:
@@ -293,13 +293,13 @@ class SimulationRig:
             states=shown,
         )
 
-    def run(self, fault: Fault) -> Outcome:
+    def run(self, fault: Fault, attempts: int = 1) -> Outcome:
         """Bring the arm to motion, measure the fault, mend it and bring the arm to motion again."""
         self.mend_everything()
-        self.bring_to_motion()
+        self.bring_to_motion(attempts)
         outcome = self.measure(fault)
         self.mend_everything()
-        outcome.resumed_by = "; ".join(filter(None, (fault.mended_by, self.bring_to_motion())))
+        outcome.resumed_by = "; ".join(filter(None, (fault.mended_by, self.bring_to_motion(attempts))))
         return outcome
 
     def _take_command(self, message: RobotCommand, info: dict) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from diwa_core.contract import Contract
-from diwa_core.control.kinematics import forward, joint_step
+from diwa_core.control.kinematics import forward, joint_step, turn_between
 from diwa_core.control.limits import ARMS, PROFILES, Clamp, contract_limits, load_limits, read_limits
 from diwa_core.control.motion import ActionLimiter, MotionFilter, from_coordinates, stoppable_speed, to_coordinates
 from diwa_core.errors import ConfigError, GateError
@@ -117,6 +117,14 @@ def move_joints(joints, before, after, parts=4):
     for _ in range(parts):
         joints = joints + joint_step(forward(joints)[2], np.concatenate([after[:3] - before[:3], turn]) / parts)
     return joints
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1.2, 1.2), min_size=3, max_size=3), st.lists(st.floats(-0.1, 0.1), min_size=3, max_size=3))
+def test_the_turn_between_near_orientations_is_the_true_one(start, step):
+    start, end = np.array(start), np.add(start, step)
+    true = (Rotation.from_rotvec(end) * Rotation.from_rotvec(start).inv()).as_rotvec()
+    np.testing.assert_allclose(turn_between(start, end), true, atol=5e-4)
 
 
 def test_the_jacobian_is_the_derivative_of_the_pose():

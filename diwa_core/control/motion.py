@@ -18,6 +18,7 @@ from diwa_core.errors import GateError
 
 REST = [0.0] * 6
 AT_REST = 1e-9  # m/s, rad/s
+ROUNDING = 1e-6  # of an action
 TOLERANCE = 1e-9  # of the box, m and rad: rounding
 
 
@@ -93,13 +94,13 @@ class MotionFilter:
         """Draw a target to within the leash of the measured pose."""
         if measured is None or self.limits.leash_m is None:
             return target, Clamp.NONE
-        lead = target - measured
+        lead, leashed = target - measured, False
         for part, longest in ((slice(0, 3), self.limits.leash_m), (slice(3, 6), self.limits.leash_rad)):
             length = float(np.linalg.norm(lead[part]))
             if longest is not None and length > longest:
                 lead[part] *= longest / length
-        drawn = measured + lead
-        return (target, Clamp.NONE) if np.allclose(drawn, target, atol=1e-12) else (drawn, Clamp.LEASH)
+                leashed = True
+        return (measured + lead, Clamp.LEASH) if leashed else (target, Clamp.NONE)
 
     def _passable(self, target: np.ndarray, rate: np.ndarray) -> np.ndarray:
         """The part of `rate` at which the target may be passed so that there is room to stop, and to have started, inside the box."""
@@ -200,7 +201,7 @@ class ActionLimiter:
         limited = action.copy()
         limited[:6] = np.clip(np.array(self._output.new_position) / self.scale, -1.0, 1.0)
         self._input.current_position = REST
-        return limited, Clamp.NONE if np.allclose(limited, action, atol=1e-6) else Clamp.RATE
+        return limited, Clamp.RATE if np.abs(limited - action).max() > ROUNDING else Clamp.NONE
 
 
 def to_coordinates(position_m: np.ndarray, rotation: Rotation, limits: MotionLimits) -> np.ndarray:
