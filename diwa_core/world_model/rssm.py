@@ -3,7 +3,7 @@
 A state is a deterministic part h and a latent part z. Two kinds of latent share the recurrence:
 - categorical: z is a sample of one-hot groups; the posterior reads h and the embedded observation (DreamerV2, used by DiWA).
 - residual: z lives in the space of the embedded observation. The prior is z plus a predicted change; the posterior goes from there
-  a share of the way to the embedding, like a Kalman filter with a constant gain. Nothing that was measured is squeezed through a bottleneck,
+  a share of the way to the embedding, as in a Kalman filter of constant gain. Nothing that was measured is squeezed through a bottleneck,
   so open-loop errors stay small on little compute; and what a policy sees live is as smooth as what it saw in dreams.
 Letters: B batch, T time, D deterministic, Z latent, E embedding, A action.
 """
