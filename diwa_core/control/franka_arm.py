@@ -341,7 +341,8 @@ class FrankaArm:
         end_s = time.monotonic() + RECOVER_S
         self._read_state()
         while done and self.state.mode == "Reflex" and time.monotonic() < end_s:
-            self._read_state()  # states from before the recovery may still be under way
+            self._forget_motion()  # until its error has been told, the library gives the state in which the motion ended
+            self._read_state()
         if done and self.state.mode in ("Idle", "Move"):
             self._forget_motion()
             self._aim = None
