@@ -51,11 +51,11 @@ DAMAGE = (
 
 
 class BagMessage(NamedTuple):
-    """One serialized message. log_ns: when it was recorded."""
+    """One serialized message, as bytes or a view of them. log_ns: when it was recorded."""
 
     topic: str
     log_ns: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass
@@ -110,7 +110,7 @@ class BagReader:
                 except DAMAGE as error:
                     self._note(f"a message on {message.topic} cannot be unpacked ({error}) and was left out")
 
-    def decode(self, topic: str, data: bytes) -> Any:
+    def decode(self, topic: str, data: bytes | memoryview) -> Any:
         """The message in `data`, with the fields of its type. Raises DataError."""
         try:
             return load_types().deserialize_cdr(data, self.topics[topic].type)
@@ -287,7 +287,7 @@ class McapFile:
             self._note(f"{self.path.name} {end}: the {count} messages before that were kept")
 
     def _open_chunk(self, content: bytes, topics: set[str] | None) -> list[BagMessage]:
-        chunk = Chunk.read(ReadDataStream(io.BytesIO(content)))
+        chunk = _read_chunk(memoryview(content))
         where = f"a chunk at {chunk.message_start_time / 1e9:.3f} s of {self.path.name}"
         try:
             data = unpack_chunk(chunk)
@@ -296,7 +296,7 @@ class McapFile:
             return []
         messages = []
         try:
-            for opcode, record in _read_records(io.BytesIO(data), len(data)):
+            for opcode, record in _split_records(memoryview(data)):
                 if opcode != Opcode.MESSAGE:
                     self._take_record(opcode, record, survey=topics is None)
                 elif topics is not None and (message := self._message(record, topics)):
@@ -305,12 +305,12 @@ class McapFile:
             self._note(f"{where} is damaged ({_first_line(error)}): what came before was kept")
         return messages
 
-    def _message(self, content: bytes, topics: set[str]) -> BagMessage | None:
+    def _message(self, content: bytes | memoryview, topics: set[str]) -> BagMessage | None:
         channel_id, _, log_ns, _ = struct.unpack_from("<HIQQ", content)
         channel = self._channels[channel_id]
         return BagMessage(channel.topic, log_ns, content[22:]) if channel.topic in topics else None
 
-    def _take_record(self, opcode: int, content: bytes, survey: bool) -> None:
+    def _take_record(self, opcode: int, content: bytes | memoryview, survey: bool) -> None:
         if not survey:
             return
         record = io.BytesIO(content)
@@ -388,7 +388,7 @@ def _open_file(path: Path, notes: list[str]) -> McapFile | SqliteFile:
 
 
 def _read_records(stream: io.BufferedIOBase, size: int) -> Iterator[tuple[int, bytes]]:
-    """(opcode, content) of the records of an MCAP file or chunk of `size` bytes. Raises ValueError where one is cut off."""
+    """(opcode, content) of the records of an MCAP file of `size` bytes. Raises ValueError where one is cut off, after its beginning."""
     while header := stream.read(9):
         if len(header) < 9:
             raise ValueError("a record is cut off")
@@ -402,7 +402,34 @@ def _read_records(stream: io.BufferedIOBase, size: int) -> Iterator[tuple[int, b
             raise ValueError("a record is cut off")
 
 
-def unpack_chunk(chunk: Chunk) -> bytes:
+def _split_records(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(opcode, content) of the records in an unpacked chunk, without a copy: pictures are large. Raises as `_read_records`."""
+    at = 0
+    while at < len(data):
+        opcode, length = struct.unpack_from("<BQ", data, at)
+        at += 9
+        if opcode == 0 or length > len(data) - at:
+            raise ValueError("a record is cut off")
+        yield opcode, data[at : at + length]
+        at += length
+
+
+def _read_chunk(content: memoryview) -> Chunk:
+    """As mcap's Chunk.read, without its copy of the data."""
+    begin_ns, end_ns, size, checksum, name_length = struct.unpack_from("<QQQII", content)
+    at = 32 + name_length
+    (length,) = struct.unpack_from("<Q", content, at)
+    return Chunk(
+        compression=str(content[32:at], "utf-8"),
+        data=content[at + 8 : at + 8 + length],
+        message_start_time=begin_ns,
+        message_end_time=end_ns,
+        uncompressed_crc=checksum,
+        uncompressed_size=size,
+    )
+
+
+def unpack_chunk(chunk: Chunk) -> bytes | memoryview:
     """The records in a chunk; of one that is cut off, the part that is there. Raises ValueError when they were changed."""
     if chunk.uncompressed_size > MAX_CHUNK_BYTES:
         raise ValueError(f"{chunk.uncompressed_size} bytes unpacked are too many")
@@ -419,7 +446,7 @@ def unpack_chunk(chunk: Chunk) -> bytes:
     return data
 
 
-def _unzstd(data: bytes, most: int) -> bytes:
+def _unzstd(data: bytes | memoryview, most: int) -> bytes:
     """Unpacked `data`, at most `most` bytes of it."""
     stream = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK_BYTES).stream_reader(data)
     parts = []
