@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from diwa_core.errors import ConfigError, GateError
 from diwa_core.sim.fake_robot import FakeRobot, Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ADDRESS = "127.0.0.71"
+ADDRESS = f"127.71.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}"  # runs side by side do not meet
 CONFIG = replace(load_robot_config(Path(__file__).parents[1] / "config" / "fake_fr3.yaml"), address=ADDRESS, connect_timeout_s=2.0)
 PATIENCE_S = 90.0  # a busy machine slows the robot's time down, not only ours
 
