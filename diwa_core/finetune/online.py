@@ -73,8 +73,7 @@ class BatchFilter:
     def _observe(self, rows: list[int], action: Tensor, embedding: Tensor) -> None:
         """RSSM.observe of some rows, each with its own noise: that of an episode must not depend on the others."""
         rssm = self.model.rssm
-        h = rssm.advance(self.state[rows], action)
-        parameters = rssm.latent.posterior(h, embedding)
+        h, parameters = rssm.estimate(self.state[rows], action, embedding)
         z = torch.cat([rssm.latent.sample(parameters[i : i + 1], self.generators[row]) for i, row in enumerate(rows)])
         state = State(self.state.h.clone(), self.state.z.clone())
         state.h[rows], state.z[rows] = h, z

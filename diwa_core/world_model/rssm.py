@@ -183,9 +183,14 @@ class RSSM(nn.Module):
 
     def observe(self, state: State, action: Tensor, embedding: Tensor, generator: torch.Generator | None = None) -> State:
         """One step with an observation embedding [B, E]: the latent is drawn from the posterior."""
+        h, posterior = self.estimate(state, action, embedding)
+        return State(h, self.latent.sample(posterior, generator))
+
+    def estimate(self, state: State, action: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """h [B, D] and the parameters of the posterior after `action`, given the observation embedding [B, E]."""
         h = self.advance(state, action)
         prior = self.latent.prior(h, state, action)
-        return State(h, self.latent.sample(self.latent.posterior(h, embedding, prior, self.is_fresh(state)), generator))
+        return h, self.latent.posterior(h, embedding, prior, self.is_fresh(state))
 
     def unroll(
         self, state: State, actions: Tensor, embeddings: Tensor, first: Tensor, observed: Tensor, generator: RandomSource = None
