@@ -2,4 +2,19 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and inherited by every process a test starts
+
+# Graphs and a simulated robot on the wall clock, on a machine that may be busy with something else: tried once more before they count as failed.
+ON_THE_CLOCK = (
+    *("test_ros_", "test_faults", "test_franka_", "test_finetune_node", "test_loop", "test_teleop", "test_graph", "test_demo"),
+    "test_access",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on the clock; the report still names every second try."""
+    for item in items:
+        if item.path.name.startswith(ON_THE_CLOCK):
+            item.add_marker(pytest.mark.flaky(reruns=1, reruns_delay=5))
