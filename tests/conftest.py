@@ -6,11 +6,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and inherited by every process a test starts
 
-# Graphs and a simulated robot on the wall clock, on a machine that may be busy with something else: tried once more before they count as failed.
-ON_THE_CLOCK = (
-    *("test_ros_", "test_faults", "test_franka_", "test_finetune_node", "test_loop", "test_teleop", "test_graph", "test_demo"),
-    "test_access",
-)
+# Graphs and a simulated robot on the wall clock of a machine that may be busy: tried once more before they count as failed.
+ON_THE_CLOCK = ("test_access", "test_demo", "test_faults", "test_finetune_node", "test_franka_", "test_graph", "test_loop", "test_ros_")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,7 +56,6 @@ def test_lockstep_gives_the_same_episodes_as_without_ros(checkpoints, tmp_path):
                 tail = AFTER_SUCCESS if offline.success else 0
                 assert len(live.frames) == len(offline.frames["rgb_static"]) - tail
                 np.testing.assert_array_equal(live.frames, offline.frames["rgb_static"][: len(live.frames)])
-                assert live.success == (episode.skill == "turn_on_led")
                 assert all(len(live.latency_ms[stage]) for stage in ("latent", "chunk", "command"))
             with pytest.raises(DataError, match="expected one of open_drawer, turn_on_led; found 'close_drawer'"):
                 evaluator.run_episode(GraphEpisode("close_drawer"))
