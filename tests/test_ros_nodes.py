@@ -663,7 +663,7 @@ def test_dry_run_on_live_cameras_gives_latents(start, checkpoints):
         ({"hold_after_s": 99.0}, "parameter 'hold_after_s': expected 0.05 to 2, found 99.0"),
         ({"hold_after_s": float("nan")}, "parameter 'hold_after_s': expected 0.05 to 2, found nan"),
         ({"hold_after_s": 1}, "expected float, found 1"),
-        ({"backend": "frankly"}, "expected one of calvin, dry_run, found 'frankly'"),
+        ({"backend": "frankly"}, "expected one of calvin, dry_run, franky, found 'frankly'"),
         ({"mode": "lock_step"}, "Did you mean 'lockstep'"),
     ],
 )
