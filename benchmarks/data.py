@@ -1,6 +1,7 @@
 """How fast recordings become training data: import of bags, beside what reading them costs; and sampling, beside what training needs.
 
-Bags of two views at 30 Hz are made on the spot. `python benchmarks/data.py [--seconds 60] [--workers 2]`
+Bags of two views at 30 Hz are made on the spot and imported several times over under other names, so that starting the workers weighs
+little without filling the disk. `python benchmarks/data.py [--seconds 60] [--copies 3] [--workers 2]`
 """
 
 from __future__ import annotations
@@ -70,9 +71,20 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure_import(folder: Path, name: str, seconds: float, workers: int) -> Path:
+def link_bag(bag: Path, number: int) -> Path:
+    """The same bag under another name."""
+    linked = bag.with_name(f"{bag.name}_{number}")
+    linked.mkdir()
+    for file in bag.iterdir():
+        (linked / file.name).hardlink_to(file)
+    return linked
+
+
+def measure_import(folder: Path, name: str, seconds: float, copies: int, workers: int) -> Path:
     """One row of the table; returns the store."""
-    bags, _ = write_bags(folder, *KINDS[name], seconds, workers)
+    written, _ = write_bags(folder, *KINDS[name], seconds, workers)
+    bags = [link_bag(bag, number) for number in range(copies) for bag in written]
+    seconds *= copies
     megabytes = sum(file.stat().st_size for bag in bags for file in bag.iterdir()) / 1e6
     begin_s, begin_cpu_s = time.perf_counter(), cpu_s()
     messages = read_with_rosbags(bags)
@@ -126,13 +138,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of recording, in as many bags as workers")
+    parser.add_argument("--copies", type=int, default=3, help="how often those are imported")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     args = parser.parse_args()
-    print(f"{args.workers} workers, {args.seconds:g} s of two views at 30 Hz")
+    print(f"{args.workers} workers, {args.copies} times {args.seconds:g} s of two views at 30 Hz")
     for name in args.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            store = measure_import(Path(folder), name, args.seconds, args.workers)
+            store = measure_import(Path(folder), name, args.seconds, args.copies, args.workers)
             if name == args.kinds[0]:
                 measure_sampling(store)
 
