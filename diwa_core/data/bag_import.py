@@ -582,9 +582,11 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[BagAudit | str]:
     if workers == 1 or len(jobs) < 2:
         yield from (_import_part(*job) for job in jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs)), cv2.setNumThreads, (1,)) as pool:
         waiting = [pool.apply_async(_import_part, job) for job in jobs]
         yield from (result.get() for result in waiting)
+        pool.close()
+        pool.join()  # workers that end by themselves give their semaphores back
 
 
 def _look_into(
