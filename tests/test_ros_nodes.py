@@ -33,6 +33,7 @@ from diwa_ros.franka_controller import FrankaController
 from diwa_ros.images import make_image
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_duration, to_float32, to_float64, to_ns, to_pose, to_time
 from diwa_ros.policy import Policy
+from diwa_ros.teleop_stream import OPERATOR
 
 STEP = 33_333_333
 CONTRACT = Contract()
@@ -509,6 +510,17 @@ def test_controller_answers_each_tick_once_with_clamped_actions(simulation):
     assert to_ns(executed.header.stamp) == (simulation.n - 1) * STEP and executed.checkpoint_id == "p" * 64
     assert to_ns(executed.observation_stamp) == (simulation.n - 1) * STEP and executed.clamps == ExecutedAction.CLAMP_RANGE
     assert simulation.state == "ACTIVE"
+
+
+def test_what_the_operator_did_is_told_from_what_a_policy_did(simulation):
+    probe = simulation.probe
+    simulation.chunk(checkpoint_id=OPERATOR)
+    probe.until(lambda: len(simulation.commands) == 1)
+    simulation.tick(action=np.full(7, 0.5, np.float32))
+    probe.until(lambda: simulation.executed[-1].source == ExecutedAction.SOURCE_TELEOP)
+    executed = simulation.executed[-1]
+    assert not executed.checkpoint_id and to_ns(executed.observation_stamp) == (simulation.n - 1) * STEP
+    assert all(e.source in (ExecutedAction.SOURCE_HOLD, ExecutedAction.SOURCE_TELEOP) for e in simulation.executed)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_a_scripted_demonstration_through_the_graph_is_the_one_without_ros(tmp_p
             assert demonstrate_live(table, "turn_on_led", 0, 3, 0.0)
             assert len(table) == len(expected["actions"])
             assert table.scene_obs[5] == 1
-            moves = {to_ns(m.header.stamp): m for m in executed if m.checkpoint_id == OPERATOR}
+            moves = {to_ns(m.header.stamp): m for m in executed if m.source == ExecutedAction.SOURCE_TELEOP}
             play_live(table, 20, seed=1)
         done = [np.array(message.action) for message in moves.values()]
         np.testing.assert_allclose(done, expected["actions"][: len(done)], atol=1e-5)

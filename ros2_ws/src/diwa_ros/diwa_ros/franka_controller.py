@@ -22,6 +22,7 @@ from diwa_ros.gate import Chunk, ChunkGate, ClockCheck, Command, DroppedChunk, S
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_ns, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
+from diwa_ros.teleop_stream import OPERATOR
 
 ROBOTS = {**BACKENDS, "franky": FrankyBackend}
 WATCH_S = 0.02  # period of the watchdog
@@ -171,9 +172,9 @@ class FrankaController(DiwaNode):
         message.header.stamp = to_time(start_ns)
         command = self.sent_from(start_ns)
         if command is not None and not tick.executed_is_hold and not tick.first_of_episode:
-            message.source = ExecutedAction.SOURCE_POLICY
-            message.observation_stamp = to_time(command.observation_stamp_ns)
-            message.checkpoint_id, message.clamps = command.checkpoint_id, command.clamps
+            message.source = source_of(command.checkpoint_id)
+            message.observation_stamp, message.clamps = to_time(command.observation_stamp_ns), command.clamps
+            message.checkpoint_id = command.checkpoint_id if message.source == ExecutedAction.SOURCE_POLICY else ""
         self.executed_publisher.publish(message)
 
     def sent_from(self, start_ns: int) -> Command | None:
@@ -297,6 +298,11 @@ class FrankaController(DiwaNode):
         status.dropped_shape, status.dropped_foreign = drops.shape, drops.foreign
         status.command_age_ms = self.command_age_ms
         self.status_publisher.publish(status)
+
+
+def source_of(sender: str) -> int:
+    """SOURCE_* of what the stream of `sender` commanded; nobody's is the arm being brought to rest."""
+    return {"": ExecutedAction.SOURCE_HOLD, OPERATOR: ExecutedAction.SOURCE_TELEOP}.get(sender, ExecutedAction.SOURCE_POLICY)
 
 
 def read_chunk(message: ActionChunk) -> Chunk:
