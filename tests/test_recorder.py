@@ -259,6 +259,8 @@ def test_the_recent_messages_have_a_length_and_a_size() -> None:
 
 def test_the_last_seconds_are_saved_beside_a_recording(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path, recent_s=1.0)
+    recorder.add_topic(topic("/policy/history"))
+    recorder.take(packet("/policy/history", 0), latched=True)
     record_frames(recorder, range(60))
     recorder.start("play")
     record_frames(recorder, range(60, 70))
@@ -266,6 +268,7 @@ def test_the_last_seconds_are_saved_beside_a_recording(tmp_path: Path) -> None:
     recorder.stop().result(30)
     stamps = read_rosbags(folder)
     assert stamps[STATIC] == [BEGIN_NS + frame * STEP_NS for frame in range(39, 70)]
+    assert stamps["/policy/history"] == [BEGIN_NS]  # older, and still true
     recording = read_ours(folder)
     assert recording.notes["reason"] == "fault" and not recording.episodes[0].bad
     with pytest.raises(DataError, match="no topic was received"):

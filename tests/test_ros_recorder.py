@@ -9,7 +9,17 @@ import pytest
 import yaml
 from action_msgs.msg import GoalStatus
 from diwa_interfaces.action import RecordEpisode
-from diwa_interfaces.msg import ControllerStatus, EpisodeMark, EpisodeReport, ExecutedAction, RecorderStatus, SimState
+from diwa_interfaces.msg import (
+    ControllerStatus,
+    EpisodeMark,
+    EpisodeReport,
+    ExecutedAction,
+    PolicyHistory,
+    RecorderStatus,
+    ShadowReport,
+    SimState,
+    SwapEvent,
+)
 from diwa_interfaces.srv import MarkEpisode, SaveRecent, StartRecording, StopRecording
 from geometry_msgs.msg import PoseStamped
 from rclpy.action import ActionClient
@@ -228,6 +238,24 @@ def test_unreliable_late_and_further_topics_are_recorded(make_graph):
     found, _ = read(bag)
     assert [deserialize_message(data, String).data for data in found["/speech"]] == ["now"]
     assert found[rated_topics(CONTRACT)[0]]
+
+
+def test_swaps_and_shadows_are_recorded(make_graph):
+    """The history was published before the recorder listened; a shadow begins while it records."""
+    graph = make_graph()
+    history = graph.probe.node.create_publisher(PolicyHistory, "policy/history", LATCHED)
+    history.publish(PolicyHistory(events=[SwapEvent(event=SwapEvent.TOOK_OVER, skill="open_drawer", checkpoint_id="a" * 64)]))
+    graph.probe.until(lambda: "/policy/history" in graph.node.recorder.latched, 60)
+    bag = graph.start("play")
+    shadow = graph.probe.node.create_publisher(ShadowReport, "policy/shadow", reliable(10))
+    graph.probe.until(shadow.get_subscription_count, 60)
+    shadow.publish(ShadowReport(skill="open_drawer", checkpoint_id="b" * 64, difference=0.25))
+    graph.send(5)
+    graph.stop()
+    found, _ = read(bag)
+    (events,) = [deserialize_message(data, PolicyHistory).events for data in found["/policy/history"]]
+    (report,) = [deserialize_message(data, ShadowReport) for data in found["/policy/shadow"]]
+    assert events[0].checkpoint_id == "a" * 64 and (report.checkpoint_id, report.difference) == ("b" * 64, 0.25)
 
 
 def test_the_action_records_until_it_is_marked_or_cancelled(make_graph):

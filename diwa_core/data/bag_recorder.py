@@ -283,10 +283,13 @@ class BagRecorder:
         return recording.close(outcome)
 
     def save_recent(self, seconds: float = 0.0, reason: str = "") -> Future[Path]:
-        """Write the last seconds (0: all there is) to a bag of its own, in a thread of its own. Raises DataError when there is nothing."""
+        """Write the last seconds (0: all there is) to a bag of its own, in a thread of its own; older latched messages come first, as at a
+        start. Raises DataError when there is nothing."""
         packets = self.recent.since(seconds)
         if not packets:
             raise DataError("recorder: expected recent messages to save, found none: no topic was received. Is the graph running?")
+        first_ns, topics = packets[0].log_ns, {packet.topic for packet in packets}
+        packets = [*(packet._replace(log_ns=first_ns) for name, packet in self.latched.items() if name not in topics), *packets]
         writer = self._open(self._free_name(RECENT), {"reason": reason})
         saved: Future[Path] = Future()
         threading.Thread(target=_save, args=(writer, packets, self._audit(), reason, saved), name="bag-saver", daemon=True).start()
