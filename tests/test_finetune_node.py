@@ -1,6 +1,8 @@
 """Retraining from recordings: what is cut out of stores, which commands follow from a request, and the node that runs them."""
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +21,10 @@ from ros_support import Probe, private_graph
 
 from diwa_core import tether
 from diwa_core.checkpoint import load_checkpoint
+from diwa_core.cli.finetune import start_banks
 from diwa_core.cli.pipeline import check_command
 from diwa_core.contract import Contract
-from diwa_core.data.attempts import find_attempts, gather_attempts
+from diwa_core.data.attempts import BEGINNING_FRAMES, find_attempts, find_beginnings, gather_attempts
 from diwa_core.data.store import FIELDS, PlayStore
 from diwa_core.errors import ConfigError, DataError
 from diwa_core.pipeline.retrain import Request, Retraining, fingerprint, retrain
@@ -29,9 +32,9 @@ from diwa_core.pipeline.runner import StageFailed
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
 from diwa_core.policy.store import save_policy
 from diwa_core.reward.classifier import ClassifierConfig, SuccessClassifier
-from diwa_core.reward.store import save_classifier
+from diwa_core.reward.store import load_classifier, save_classifier
 from diwa_core.sim.skills import DRAWER, SKILLS
-from diwa_core.world_model.filter import save_world_model
+from diwa_core.world_model.filter import load_world_model, save_world_model
 from diwa_core.world_model.model import SIZES, WorldModel
 from diwa_ros.finetune import FinetuneNode
 
@@ -119,6 +122,36 @@ def test_gathering_is_limited_replaces_what_was_there_and_refuses_nothing_to_lea
     with pytest.raises(DataError, match="expected successful attempts at skills, found none"):
         gather_attempts([str(failed.path)], str(tmp_path / "none"))
     assert not (tmp_path / "none").exists() and not list(tmp_path.glob(".none*"))
+
+
+def test_play_without_labels_gives_starts_to_learn_on(inputs, tmp_path, caplog):
+    """Its beginnings come along with the demonstrations, are no attempts, and are never judged on."""
+    unlabelled = [episode(seed=seed) | {"skill": np.full(24, -1, np.int8)} for seed in range(5)]
+    longer = {name: np.concatenate([values] * 3) for name, values in unlabelled[0].items()}
+    play = make_store(tmp_path / "play", [*unlabelled[1:], longer])
+    assert find_attempts(play) == []
+    assert find_beginnings(play) == [*((-1, 24 * n, 24 * n + 24) for n in range(4)), (-1, 96, 96 + BEGINNING_FRAMES)]
+    out = tmp_path / "demos"
+    assert gather_attempts([str(play.path), str(inputs / "store")], str(out)) == {SKILL: 6}
+    gathered = PlayStore.open(out)
+    assert len(find_attempts(gathered)) == 6 and len(find_beginnings(gathered)) == 5
+    model, _ = load_world_model(inputs / "checkpoints" / "world_model")
+
+    classifier, _ = load_classifier(inputs / "checkpoints" / "classifiers" / SKILL)
+    caplog.set_level("INFO")
+
+    def recorded(path, learn):
+        """Starts before the classifier has its say: to learn on, to judge on."""
+        arguments = argparse.Namespace(demos=str(path), play=[], seed=1)
+        _, (judged,) = start_banks([model], classifier, arguments, SKILL, learn)
+        return int(re.search(r"of (\d+) recorded", caplog.messages[-1])[1]), len(judged.h)
+
+    (learned, judged), (with_play, still) = recorded(inputs / "store", 4), recorded(out, 4)
+    assert judged == still == 2 and with_play >= learned + 5
+    with pytest.raises(DataError, match="expected more than 6 demonstrations of 'open_drawer', so that some are left to judge on, found 6"):
+        recorded(out, 6)
+    with pytest.raises(DataError, match=r"found none in 5 episodes, 5 of them play without a skill label.*mark each attempt"):
+        gather_attempts([str(play.path)], str(tmp_path / "none"))
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------------------

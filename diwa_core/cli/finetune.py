@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from diwa_core import __version__
+from diwa_core.errors import DataError
 
 logger = logging.getLogger(__name__)
 LATER_FRAMES = 12  # how far into a demonstration a start to learn on may lie
@@ -135,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
 def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned: int):
     """Banks of each model to learn on and to judge on: (starts, judge_starts)."""
     from diwa_core.cli.policy import demonstrations
+    from diwa_core.data.attempts import NO_SKILL
     from diwa_core.data.store import PlayStore
     from diwa_core.finetune.offline import beginning_windows, demonstration_windows, filter_starts, not_yet_done
     from diwa_core.sim.skills import SKILLS
@@ -142,6 +144,12 @@ def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned
     store, warmup = PlayStore.open(args.demos), models[0].config.warmup_frames
     own = demonstrations(store, SKILLS.index(skill), None)
     others = [episode for number in range(len(SKILLS)) if number != SKILLS.index(skill) for episode in demonstrations(store, number, None)]
+    others += demonstrations(store, NO_SKILL, None)  # beginnings of unlabelled play
+    if len(own) <= cloned:
+        raise DataError(
+            f"{args.demos}: expected more than {cloned} demonstrations of '{skill}', so that some are left to judge on, found {len(own)}. "
+            "Record some and mark them as successes, or lower --learn."
+        )
     judge_starts = [filter_starts(model, demonstration_windows(own[cloned:], warmup, spread=0)) for model in models]
     windows = demonstration_windows([*own[:cloned], *others], warmup, LATER_FRAMES, args.seed)
     for path in args.play:

@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demonstrations(store, skill: int, count: int | None) -> list[dict]:
-    """The first `count` (None: all) episodes of a store whose frames are labelled with skill number `skill`."""
+    """The first `count` (None: all) episodes of a store of demonstrations labelled with skill number `skill`; -1: those without a label."""
     labels = store.load(("skill",))["skill"]
     fields = tuple(name for name in store.fields if name != "skill")
-    chosen = [(start, end) for start, end in store.episodes if (labels[start:end] == skill).any()][:count]
+    chosen = [(start, end) for start, end in store.episodes if labels[start:end].max() == skill][:count]
     return [{name: store.read(name, start, end) for name in fields} for start, end in chosen]

@@ -2,7 +2,8 @@
 
 `python -m diwa_core.data.attempts STORE... --out data/demos`. An attempt is a run of frames that are labelled with one skill. Where a
 store holds the simulated scene the skill's oracle says whether and when it succeeded. Without it the label itself does: the import of a bag
-labels an episode of a real robot only if the operator marked it as a success.
+labels an episode of a real robot only if the operator marked it as a success. Of episodes without any label, which is play, the beginnings
+come along: starts to learn on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from diwa_core.sim.skills import SKILLS, skill_progress
 
 SHORTEST_FRAMES = 9  # twice a warm-up, and something to do
 LONGEST_FRAMES = 200
+BEGINNING_FRAMES = 48  # of unlabelled play: a start lies up to LATER_FRAMES of `diwa finetune` into it, in its first third
+NO_SKILL = -1
 
 
 def find_attempts(store: PlayStore) -> list[tuple[int, int, int]]:
@@ -43,6 +46,13 @@ def find_attempts(store: PlayStore) -> list[tuple[int, int, int]]:
     return found
 
 
+def find_beginnings(store: PlayStore) -> list[tuple[int, int, int]]:
+    """(NO_SKILL, first frame, exclusive end) of the beginning of every episode in which no frame has a label."""
+    labels = store.load(("skill",))["skill"] if "skill" in store.fields else np.full(len(store), NO_SKILL, np.int8)
+    whole = [(start, end) for start, end in store.episodes if end - start >= SHORTEST_FRAMES and (labels[start:end] == NO_SKILL).all()]
+    return [(NO_SKILL, start, min(end, start + BEGINNING_FRAMES)) for start, end in whole]
+
+
 def frames_to_success(skill: str, scenes: np.ndarray, length: int) -> int | None:
     """Frames up to the first on which an attempt that began with the first of `scenes` [T, 24] has succeeded, that one included, or None.
 
@@ -53,9 +63,10 @@ def frames_to_success(skill: str, scenes: np.ndarray, length: int) -> int | None
 
 
 def gather_attempts(paths: list[str], out: str, most: int = 100) -> dict[str, int]:
-    """Write the first `most` successful attempts at each skill, those of earlier stores first; returns how many there are by skill.
+    """Write the first `most` successful attempts at each skill, and as many beginnings of unlabelled play, those of earlier stores first.
 
-    Whole or not at all: an older `out` is replaced. Raises DataError when the stores are of different contracts or hold none.
+    Returns how many attempts there are by skill. Whole or not at all: an older `out` is replaced. Raises DataError when the stores are of
+    different contracts or hold no attempt.
     """
     stores = [PlayStore.open(path) for path in paths]
     for store in stores[1:]:
@@ -67,24 +78,30 @@ def gather_attempts(paths: list[str], out: str, most: int = 100) -> dict[str, in
     shutil.rmtree(temporary, ignore_errors=True)
     sources = [store.content_hash for store in stores]
     gathered = PlayStore.create(temporary, stores[0].contract, {"generator": "attempts", "stores": sources}, fields)
-    counts = dict.fromkeys(SKILLS, 0)
-    for store, number, first, end in _all_attempts(stores):
-        skill = SKILLS[number]
-        if counts[skill] < most:
-            counts[skill] += 1
+    counts = dict.fromkeys([*range(len(SKILLS)), NO_SKILL], 0)
+    for store, number, first, end in _all_pieces(stores):
+        if counts[number] < most:
+            counts[number] += 1
             episode = {name: store.read(name, first, end) for name in fields}
             gathered.append_episode({**episode, "skill": np.full(end - first, number, np.int8)})
-    if not any(counts.values()):
+    found = {skill: counts[number] for number, skill in enumerate(SKILLS) if counts[number]}
+    if not found:
         shutil.rmtree(temporary)
-        raise DataError(f"{', '.join(paths)}: expected successful attempts at skills, found none. Record some and mark them as successes.")
+        episodes, unlabelled = sum(len(store.episodes) for store in stores), sum(len(find_beginnings(store)) for store in stores)
+        raise DataError(
+            f"{', '.join(paths)}: expected successful attempts at skills, found none in {episodes} episodes, {unlabelled} of them play "
+            "without a skill label. Play is enough for a world model and for starts to learn on; to judge on, attempts at the skill are "
+            "needed: record with the skill's name (diwa record --skill NAME), mark each attempt as success or failure and import those "
+            "bags too, or add a store that has demonstrations."
+        )
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
-    return {skill: count for skill, count in counts.items() if count}
+    return found
 
 
-def _all_attempts(stores: list[PlayStore]) -> Iterator[tuple[PlayStore, int, int, int]]:
+def _all_pieces(stores: list[PlayStore]) -> Iterator[tuple[PlayStore, int, int, int]]:
     for store in stores:
-        for number, first, end in find_attempts(store):
+        for number, first, end in (*find_attempts(store), *find_beginnings(store)):
             yield store, number, first, end
 
 
