@@ -1,4 +1,7 @@
-"""`diwa evaluate`: success rates of policies in the simulator over seeded starts, and base beside fine-tuned, with intervals."""
+"""`diwa evaluate`: success rates of policies in the simulator over seeded starts, and base beside fine-tuned, with intervals.
+
+`diwa evaluate robot` is the evaluation beside a robot: diwa_core.cli.evaluate_robot.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--world-model", required=True, help="checkpoint")
-    asked = parser.add_mutually_exclusive_group(required=True)
+    from diwa_core.cli import evaluate_robot
+
+    steps = parser.add_subparsers(metavar="robot", help="the same trials in simulation and on a robot, blinded: diwa evaluate robot --help")
+    robot = steps.add_parser("robot", description=evaluate_robot.__doc__)
+    evaluate_robot.add_arguments(robot)
+    robot.set_defaults(step=evaluate_robot.run)
+    parser.add_argument("--world-model", help="checkpoint")
+    asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--policies", help="folder with one checkpoint per skill")
     asked.add_argument(
         "--pair",
@@ -47,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print one line per skill."""
     from diwa_core.errors import ConfigError
 
+    if "step" in args:
+        return args.step(args)
+    if not args.world_model or not (args.policies or args.pair or args.candidates):
+        raise ConfigError(
+            "diwa evaluate: expected --world-model and one of --policies, --pair and --candidates, or the step `robot`; found less. "
+            "diwa evaluate --help lists them."
+        )
     if args.episodes < 1:
         raise ConfigError(f"--episodes: expected at least 1, found {args.episodes}.")
     if args.candidates:

@@ -22,9 +22,9 @@ class OperatorStream:
         self.stamp_ns = -1  # of the last tick that was answered
 
     def send(self, stamp_ns: int, action: np.ndarray, skill: str = "") -> None:
-        """Command `action` [7] for the tick at `stamp_ns`. skill: what is being attempted, for whoever records."""
-        chunk = self._chunk(stamp_ns, skill)
-        chunk.horizon, chunk.action_dim, chunk.actions = 1, len(action), to_float32(action)
+        """Command `action` [7], or [H, 7] from there on, for the tick at `stamp_ns`. skill: what is attempted, for whoever records."""
+        chunk, actions = self._chunk(stamp_ns, skill), np.atleast_2d(action)
+        (chunk.horizon, chunk.action_dim), chunk.actions = actions.shape, to_float32(actions)
         self.publisher.publish(chunk)
         self.open, self.stamp_ns = True, stamp_ns
 
