@@ -13,7 +13,15 @@ from diwa_core.data.store import PlayStore
 from diwa_core.errors import CheckpointError, ConfigError, DataError, DiwaError
 from diwa_core.evaluate.rollout import EpisodeResult
 from diwa_core.finetune.candidates import ChoiceQuality, candidate_path, format_choice, measure_choice
-from diwa_core.finetune.offline import FinetuneConfig, Imagination, beginning_windows, demonstration_windows, filter_starts, finetune
+from diwa_core.finetune.offline import (
+    FinetuneConfig,
+    Imagination,
+    beginning_windows,
+    demonstration_windows,
+    filter_starts,
+    finetune,
+    worth_trying,
+)
 from diwa_core.finetune.ppo import PPOConfig
 from diwa_core.imagination.dream import Dream
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
@@ -291,3 +299,22 @@ def test_episodes_of_play_begin_in_starts(play):
     assert len(windows) == 1 and np.array_equal(windows[0]["robot_obs"], play.read("robot_obs", 0, 4))
     state = filter_starts(make_model(0), windows)
     assert state.h.shape == (1, 8) and state.z.shape[0] == 1
+
+
+def test_starts_are_worth_trying_where_the_skill_is_neither_done_nor_out_of_reach():
+    model = make_model(0)
+
+    def scenes(*places: float) -> State:
+        state = model.rssm.initial(len(places))
+        return State(state.h.detach(), torch.tensor(places)[:, None].expand_as(state.z))
+
+    class Distance:  # a success is a way of more than 1
+        def __call__(self, now, start):
+            return 20 * ((now - start)[:, -1] - 1)
+
+        def success(self, now, start):
+            return self(now, start) > 0
+
+    begun, ended = scenes(0.0, 0.1), scenes(1.5, 1.6, 1.7)
+    found = worth_trying(model, Distance(), scenes(-1.0, 0.0, 0.4, 0.8, 1.2), begun, ended)
+    assert found.tolist() == [True, True, True, False, False]

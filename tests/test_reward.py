@@ -281,11 +281,14 @@ def test_an_episode_ends_a_few_frames_after_its_success():
 def test_close_calls_are_a_kind_of_their_own():
     windows = make_windows([[False] * 5 + [True] * 5], filtered=torch.arange(10.0).reshape(1, 10, 1))
     windows.progress["open_drawer"] = torch.tensor([[0.0, 0.4, 0.6, 0.8, 0.95, 1.05, 1.2, 1.4, 2.0, 2.0]])
-    negatives, positives = _pools(windows, "open_drawer", torch.zeros(1, 10, dtype=torch.bool))
+    negatives, positives = _pools(windows, "open_drawer", torch.zeros(1, 10, dtype=torch.bool), margin=0.0)
     assert [rows.tolist() for _, rows in negatives] == [[3, 4], [0, 1, 2]]
     assert [rows.tolist() for _, rows in positives] == [[5, 6], [7, 8, 9]]
     drawn, rows = _draw(negatives, 40)
     assert (rows >= 3).sum() == 20 and torch.equal(drawn[:, 0], rows.float())
+    negatives, positives = _pools(windows, "open_drawer", torch.zeros(1, 10, dtype=torch.bool), margin=0.15)
+    assert [rows.tolist() for _, rows in negatives] == [[3, 4], [0, 1, 2]]  # 1.05 is a success, but nothing to aim at
+    assert [rows.tolist() for _, rows in positives] == [[6], [7, 8, 9]]
 
 
 def test_thresholds_stay_at_even_odds_unless_false_alarms_ask_for_more():

@@ -138,7 +138,7 @@ def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned
     from diwa_core.cli.policy import demonstrations
     from diwa_core.data.attempts import NO_SKILL
     from diwa_core.data.store import PlayStore
-    from diwa_core.finetune.offline import beginning_windows, demonstration_windows, filter_starts, not_yet_done
+    from diwa_core.finetune.offline import beginning_windows, demonstration_windows, filter_starts, worth_trying
     from diwa_core.sim.skills import SKILLS
 
     store, warmup = PlayStore.open(args.demos), models[0].config.warmup_frames
@@ -155,6 +155,7 @@ def start_banks(models, classifier, args: argparse.Namespace, skill: str, cloned
     for path in args.play:
         windows += beginning_windows(PlayStore.open(path), warmup)
     starts = [filter_starts(model, windows) for model in models]
-    ready = not_yet_done(models[0], classifier, starts[0], judge_starts[0])
+    ends = [{name: values[-warmup:] for name, values in episode.items()} for episode in own]
+    ready = worth_trying(models[0], classifier, starts[0], judge_starts[0], filter_starts(models[0], ends))
     logger.info("%s: %d starts to learn on, of %d recorded; %d to judge on", skill, ready.sum(), len(ready), len(judge_starts[0].h))
     return [bank[ready] for bank in starts], judge_starts

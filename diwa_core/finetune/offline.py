@@ -32,6 +32,7 @@ from diwa_core.world_model.rssm import State
 
 logger = logging.getLogger(__name__)
 MAX_CHUNKS = 18  # 72 steps
+POSSIBLE = 0.1  # mean probability of a success in another scene, that of a demonstration: it is low where it is none
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,16 @@ def beginning_windows(store: PlayStore, warmup: int) -> list[dict[str, np.ndarra
 
 
 @torch.no_grad()
-def not_yet_done(model: WorldModel, classifier: SuccessClassifier, starts: State, references: State) -> Tensor:
-    """Which of `starts` [N] the classifier would not take for a success of an episode that began like `references`; bool [N].
+def worth_trying(model: WorldModel, classifier: SuccessClassifier, starts: State, begun: State, ended: State) -> Tensor:
+    """Which of `starts` [N] the classifier takes for the beginning of a success, bool [N]: it would be none of an episode that began like
+    `begun`, and it could become one, for it differs enough from what demonstrations left behind (`ended`).
 
     So scenes recorded for any purpose serve as starts of a skill, without asking for the simulator's state.
     """
-    now, before = readout(model, starts), readout(model, references)
+    now, before, after = (readout(model, states) for states in (starts, begun, ended))
     done = [classifier.success(now, reference.expand_as(now)) for reference in before.split(1)]
-    return torch.stack(done).float().mean(0) < 0.5
+    possible = [classifier(reference.expand_as(now), now).sigmoid() for reference in after.split(1)]
+    return (torch.stack(done).float().mean(0) < 0.5) & (torch.stack(possible).mean(0) > POSSIBLE)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class PlayFlags:
     wiggle_share: float | None = None
     strength_power: float | None = None
     misjudged_share: float | None = None
+    misjudged_m: float | None = None
 
 
 @dataclass(frozen=True)

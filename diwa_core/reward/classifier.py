@@ -25,6 +25,7 @@ class ClassifierConfig:
     succeeded; taught blindly, the classifier learns to reward it for the arm's movement alone. A teacher trained on filtered frames
     judges every dream: `positives` drops real successes that the dream does not show, `both` also drops dreamt successes that did not
     really happen, `off` drops nothing, `filtered` teaches no imagined frame at all.
+    margin: frames up to this share beyond success are not taught: a policy that is paid at the line stops there, on either side of it.
     """
 
     inputs: int
@@ -42,6 +43,7 @@ class ClassifierConfig:
     noise: float = 0.05  # on standardised read-outs, so that a confident answer needs more than one latent's quirk
     consistency: str = "positives"
     settle_frames: int = 3  # imagined frames left out on both sides of a change of the label: a dream may be that late or early
+    margin: float = 0.15
     imagined_frames: int = 72  # of a window that are taught; later ones are vaguer
 
     def __post_init__(self) -> None:

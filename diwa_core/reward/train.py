@@ -70,7 +70,7 @@ def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tenso
     filtered = windows.filtered.flatten(0, 1)
     classifier.mean.copy_(filtered.mean(0))
     classifier.std.copy_(filtered.std(0).clamp_min(1e-2))
-    negatives, positives = _pools(windows, skill, imagined)
+    negatives, positives = _pools(windows, skill, imagined, config.margin)
     optimizer = torch.optim.AdamW(classifier.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates)
     label = torch.arange(2, device=device).repeat_interleave(config.batch // 2).float()
@@ -86,7 +86,7 @@ def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tenso
     return classifier.eval().requires_grad_(False)
 
 
-def _pools(windows: Windows, skill: str, imagined: Tensor) -> tuple[list[Pool], list[Pool]]:
+def _pools(windows: Windows, skill: str, imagined: Tensor, margin: float) -> tuple[list[Pool], list[Pool]]:
     """Failures and successes to draw from, in kinds that get equal shares; without the empty ones."""
     success, own = windows.success(skill), (windows.skill == SKILLS.index(skill))[:, None]
     close = (windows.progress[skill] - 1).abs() < CLOSE  # few frames, and those that tell exactly where the line is
@@ -94,7 +94,7 @@ def _pools(windows: Windows, skill: str, imagined: Tensor) -> tuple[list[Pool], 
     kinds = [(seen, windows.valid & use) for use in (close, ~close & own, ~close & ~own)]
     kinds += [(dreamt, imagined & use) for use in (own, ~own)]
     pools = []
-    for wanted in (~success, success):
+    for wanted in (~success, windows.success(skill, margin)):
         marked = [(now, (use & wanted).flatten().nonzero().squeeze(1)) for now, use in kinds]
         pools.append([(now, rows) for now, rows in marked if len(rows)])
     return pools[0], pools[1]

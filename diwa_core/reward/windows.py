@@ -69,9 +69,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
-    def success(self, skill: str) -> Tensor:
-        """Whether `skill` has succeeded at each frame, bool [B, T]."""
-        return (self.progress[skill] > 1) & self.valid
+    def success(self, skill: str, margin: float = 0.0) -> Tensor:
+        """Whether `skill` has succeeded, and by a share of more than `margin`, at each frame, bool [B, T]."""
+        return (self.progress[skill] > 1 + margin) & self.valid
 
     def episodes_of(self, skill: str) -> Windows:
         """Those chosen for `skill`, each ending AFTER_SUCCESS frames after its first success, as a policy's episodes do."""

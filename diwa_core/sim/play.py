@@ -163,6 +163,7 @@ def main() -> None:
         "wiggle_share": "share of random touches at the handles",
         "strength_power": "1: careless attempts are as frequent as careful ones; more: rarer",
         "misjudged_share": "share of attempts of which all of the plan is off",
+        "misjudged_m": "by how much, per axis",
     }
     for name, text in shares.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name), help=text)
