@@ -10,7 +10,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from diwa_ros.graph import Process, load_graph
+from diwa_ros.graph import Process, load_graph, select_nodes
 
 
 def chosen_config() -> str:
@@ -29,6 +29,7 @@ def to_action(process: Process) -> Node:
         parameters=[process.parameters],
         remappings=list(process.remaps.items()),
         additional_env=process.extra_environment,
+        ros_arguments=process.enclave,
         output="both",
         on_exit=Shutdown(reason=f"node '{process.name}' ended") if process.required else None,
     )
@@ -38,13 +39,15 @@ def to_actions(context: LaunchContext) -> list[Node]:
     """The processes for the arguments as they are now."""
     graph = load_graph(LaunchConfiguration("config").perform(context))
     given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in graph.description.arguments}
-    return [to_action(process) for process in graph.resolve(given)]
+    only = LaunchConfiguration("only").perform(context)
+    return [to_action(process) for process in select_nodes(graph.resolve(given), only)]
 
 
 def generate_launch_description() -> LaunchDescription:
     """Called by ros2 launch."""
     config = chosen_config()
     declared = [DeclareLaunchArgument("config", default_value=config, description="graph description: a name in config/ or a path")]
+    declared.append(DeclareLaunchArgument("only", default_value="", description="start these nodes alone, as encoder,policy; empty: all"))
     for argument in load_graph(config).description.arguments:
         default = argument.default if isinstance(argument.default, str) else str(argument.default).lower()
         declared.append(DeclareLaunchArgument(argument.name, default_value=default, description=argument.help))

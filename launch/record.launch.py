@@ -22,6 +22,7 @@ def to_actions(context: LaunchContext) -> list[Node]:
             name=process.name,
             parameters=[process.parameters],
             additional_env=process.extra_environment,
+            ros_arguments=process.enclave,
             output="both",
         )
         for process in graph.resolve(given)

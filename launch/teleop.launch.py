@@ -10,6 +10,8 @@ from launch.substitutions import LaunchConfiguration, PythonExpression
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
+from diwa_ros.graph import enclave_arguments
+
 DRIVERS = {"joy": ("joy", "joy_node"), "spacenav": ("spacenav", "spacenav_node")}  # device -> package and executable
 
 
@@ -18,6 +20,7 @@ def generate_launch_description() -> LaunchDescription:
     arguments = [
         DeclareLaunchArgument("joy_map", default_value="gamepad", description="gamepad, spacemouse, or a YAML file"),
         DeclareLaunchArgument("device", default_value="joy", description=f"driver to start: {', '.join(DRIVERS)}, or none"),
+        DeclareLaunchArgument("contract", default_value="", description="YAML file of the contract; empty: the play table's"),
         DeclareLaunchArgument("skill", default_value="", description="what is being shown"),
         DeclareLaunchArgument("speed", default_value="0.5", description="share of full speed"),
     ]
@@ -31,7 +34,8 @@ def generate_launch_description() -> LaunchDescription:
         )
         for device, (package, executable) in DRIVERS.items()
     ]
-    types = {"joy_map": str, "skill": str, "speed": float}
+    types = {"joy_map": str, "contract": str, "skill": str, "speed": float}
     parameters = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in types.items()}
-    teleop = Node(package="diwa_ros", executable="teleop", parameters=[{"source": "joy", **parameters}])
+    keys = enclave_arguments("", "teleop")
+    teleop = Node(package="diwa_ros", executable="teleop", parameters=[{"source": "joy", **parameters}], ros_arguments=keys)
     return LaunchDescription([*arguments, *drivers, teleop])

@@ -20,10 +20,13 @@ from diwa_core.cli.main import main
 from diwa_core.contract import Contract, hold_action
 from diwa_core.errors import ConfigError, DiwaError
 from diwa_ros.access import UNKNOWN, CommandSource, judge_publishers
+from diwa_ros.finetune import FinetuneNode
 from diwa_ros.franka_controller import FrankaController
 from diwa_ros.graph import Process, load_graph
 from diwa_ros.messages import LATCHED, reliable, to_duration, to_float32, to_time
+from diwa_ros.recorder import MARKS, TOPICS, Recorder
 from diwa_ros.security import node_access, write_policies
+from diwa_ros.teleop import Teleop
 
 STEP = 33_333_333
 START_S = 150  # until the nodes of a graph are there, on a busy machine
@@ -122,6 +125,42 @@ def test_the_policies_allow_exactly_what_each_node_does(graph, name):
     assert found() == expected
 
 
+@pytest.mark.parametrize("make", [Recorder, FinetuneNode, Teleop])
+def test_the_policies_of_the_nodes_beside_the_graph(graph, make, tmp_path):
+    """Recorder, fine-tuning and teleoperation join a graph that runs; the recorder listens to what is published of its list."""
+    runner, probe = graph
+    checkpoints = next(process for process in runner.processes if process.name == "encoder").parameters["world_model"]
+    values = {"checkpoints": str(Path(checkpoints).parent), "folder": str(tmp_path), "runs": str(tmp_path)}
+    overrides = [Parameter(name, value=value) for name, value in values.items() if name in {p.name for p in make.PARAMETERS}]
+    node = make(parameter_overrides=overrides)
+    node.start()
+    probe.add(node)
+    try:
+        name, me = node.get_name(), probe.node
+        access = node_access(Process(name, name, "", True, {}, {}, {}))
+        publish, subscribe, serve, call, execute = (
+            resolve(names, Process(name, name, "", True, {}, {}, {})) for names in access.fields()[:5]
+        )
+        probe.until(lambda: serve <= topics(me.get_service_names_and_types_by_node, name), START_S)
+        probe.until(lambda: publish <= topics(me.get_publisher_names_and_types_by_node, name), START_S)
+        published, actions = split_actions(topics(me.get_publisher_names_and_types_by_node, name))
+        assert (published, actions) == (publish, execute)
+        assert split_actions(topics(me.get_service_names_and_types_by_node, name)) == (serve, execute)
+        assert topics(me.get_client_names_and_types_by_node, name) == call == set()
+        heard = topics(me.get_subscriber_names_and_types_by_node, name)
+        assert heard <= subscribe if make is Recorder else heard == subscribe
+    finally:
+        probe.executor.remove_node(node)
+        node.stop()
+
+
+def test_the_recorder_may_hear_what_it_records():
+    allowed = set(node_access(Process("recorder", "recorder", "", True, {}, {}, {})).subscribe)
+    assert {*TOPICS, MARKS, *(stream.topic for stream in Contract().images)} <= allowed
+    more = node_access(Process("recorder", "recorder", "", True, {"extra_topics": "speech, odometry"}, {}, {})).subscribe
+    assert {"speech", "odometry"} <= set(more)
+
+
 def topics(query, name):
     """Names that a node has, as the graph knows them."""
     return {topic for topic, _ in query(name, "/")}
@@ -138,6 +177,21 @@ def test_only_one_enclave_may_publish_commands_and_the_operator_may_not(tmp_path
     }
     assert may_publish == {"/policy"}
     assert {enclave.attrib["path"] for enclave in root.iter("enclave")} == {*(f"/{name}" for name in NODES), "/operator"}
+
+
+def test_the_teleoperation_may_command_only_where_the_controller_obeys_it(tmp_path):
+    assert main(["security", "deploy", "real:=true", "commands_from:=policy,teleop", "--also", "loop", "--out", str(tmp_path)]) == 0
+    root = ElementTree.parse(tmp_path / "policies.xml").getroot()
+    enclaves = {enclave.attrib["path"]: enclave for enclave in root.iter("enclave")}
+    nodes = {"/franka_controller", "/encoder", "/policy", "/recorder", "/finetune", "/teleop", "/operator"}
+    assert set(enclaves) == nodes
+    may_command = {
+        path
+        for path, enclave in enclaves.items()
+        for topics in enclave.iter("topics")
+        if "publish" in topics.attrib and "action_chunk" in [topic.text for topic in topics]
+    }
+    assert may_command == {"/policy", "/teleop"}
 
 
 def test_the_command_writes_both_files_and_says_what_comes_next(tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diwa_core.errors import ConfigError
-from diwa_ros.graph import Graph, Process, load_graph, parse_assignments
+from diwa_ros.graph import Graph, Process, load_graph, parse_assignments, select_nodes
 
 ROOT = Path(__file__).parents[1]
 TEXT = st.text(st.characters(categories=("L", "N", "P", "S"), include_characters=" "), max_size=20)
@@ -90,6 +90,17 @@ def test_conditions_and_references(tmp_path: Path) -> None:
     assert bridge.parameters == {"rate_hz": 15.0} and type(bridge.parameters["rate_hz"]) is float
     assert [p.name for p in graph.resolve({"sim": "false"})] == ["encoder"]
     assert encoder.ros_arguments == ["-r", "__node:=encoder"]
+
+
+def test_some_of_the_nodes_and_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = load_graph("deploy").resolve({"real": True})
+    assert [p.name for p in select_nodes(processes, "policy, encoder")] == ["encoder", "policy"]
+    assert select_nodes(processes, "") == processes
+    with pytest.raises(ConfigError, match=r"found 'polcy'\. Did you mean 'policy'\?"):
+        select_nodes(processes, "encoder,polcy")
+    assert "--enclave" not in processes[0].ros_arguments
+    monkeypatch.setenv("ROS_SECURITY_ENABLE", "true")
+    assert processes[0].ros_arguments[-2:] == ["--enclave", "/franka_controller"]
 
 
 def test_what_the_user_exported_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

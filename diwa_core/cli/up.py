@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("assignments", nargs="*", metavar="name:=value", help="arguments of the graph, as with ros2 launch")
     parser.add_argument("-s", "--show-args", action="store_true", help="list the graph's arguments and end")
     parser.add_argument("-n", "--dry-run", action="store_true", help="print the processes that would start and end")
+    parser.add_argument("--only", default="", metavar="NODE,NODE", help="start these nodes alone; the others run elsewhere, or not at all")
     parser.add_argument("--log-dir", type=Path, help="folder for one log file per node (default: runs/logs/<time>)")
     parser.add_argument("--quiet", action="store_true", help="write the logs to the files only")
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 after an orderly stop, 1 when a required node ended by itself."""
     try:
-        from diwa_ros.graph import load_graph, parse_assignments
+        from diwa_ros.graph import load_graph, parse_assignments, select_nodes
         from diwa_ros.up import command_line
     except ImportError as error:
         raise SetupError(f"the ROS nodes are not installed ({error}). Mend: make setup, or source the workspace.") from error
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         for argument in graph.description.arguments:
             print(f"{argument.name}:={argument.default!r:24} {argument.help}")
         return 0
-    processes = graph.resolve(parse_assignments(assignments))
+    processes = select_nodes(graph.resolve(parse_assignments(assignments)), args.only)
     if args.dry_run:
         print("\n".join(shlex.join(command_line(process)) for process in processes))
         return 0

@@ -70,13 +70,18 @@ class Process:
     environment: dict[str, str]
 
     @property
+    def enclave(self) -> list[str]:
+        """What follows --ros-args to name the node's keys, where SROS 2 is on."""
+        return enclave_arguments(self.namespace, self.name)
+
+    @property
     def ros_arguments(self) -> list[str]:
         """What follows --ros-args; values keep their type: strings are quoted."""
         rules = [f"__node:={self.name}"]
         rules += [f"__ns:={self.namespace}"] if self.namespace else []
         rules += [f"{old}:={new}" for old, new in self.remaps.items()]
         values = [f"{name}:={_to_yaml(value)}" for name, value in self.parameters.items()]
-        return [word for rule in rules for word in ("-r", rule)] + [word for value in values for word in ("-p", value)]
+        return [*(word for rule in rules for word in ("-r", rule)), *(word for value in values for word in ("-p", value)), *self.enclave]
 
     @property
     def extra_environment(self) -> dict[str, str]:
@@ -168,6 +173,26 @@ class Graph:
         if type(value) is not wanted:
             raise ConfigError(f"argument '{name}': expected {wanted.__name__}, found {value!r}.")
         return value
+
+
+def select_nodes(processes: list[Process], names: str) -> list[Process]:
+    """Those named in 'encoder,policy', in starting order; all when it is empty. Raises ConfigError on a name that is not there."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = [process.name for process in processes]
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"only: expected nodes of this graph, found '{name}'.{_suggest(name, known)}")
+    return [process for process in processes if process.name in wanted or not wanted]
+
+
+def enclave_path(namespace: str, name: str) -> str:
+    """The SROS 2 enclave of a node, for --ros-args --enclave."""
+    return f"{'/' + namespace.strip('/') if namespace.strip('/') else ''}/{name}"
+
+
+def enclave_arguments(namespace: str, name: str) -> list[str]:
+    """What names the keys of a node, where SROS 2 is on; nothing where it is not."""
+    return ["--enclave", enclave_path(namespace, name)] if os.environ.get("ROS_SECURITY_ENABLE") == "true" else []
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, str]:

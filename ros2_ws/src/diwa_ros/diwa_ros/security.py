@@ -14,11 +14,17 @@ from xml.etree import ElementTree
 from diwa_core.contract import Contract
 from diwa_core.errors import ConfigError
 from diwa_ros.contracts import read_contract
-from diwa_ros.graph import Process
+from diwa_ros.graph import Process, enclave_path
 
 POLICY_VERSION = "0.2.0"  # of the sros2 policy schema
 CAMERAS = "<cameras>"  # stands for the image topics of the contract
 STATES = ("joint_states", "current_pose", "target_pose")
+MARKS = "episode_mark"
+RECORDED = (  # by the recorder, besides the cameras
+    *STATES,
+    *("sim/state", "sim/command", "executed_action", "latent", "latent/candidate", "action_chunk", "controller/status", "/diagnostics"),
+    *("policy/status", "policy/history", "policy/shadow", "world_model/surprise"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,16 @@ NODES = {  # executable -> what it does beside COMMON
         call=("encoder/reset", "encoder/world_model"),
         execute=("run_skill",),
     ),
+    "recorder": Access(
+        publish=(MARKS, "recorder/status", "recorder/episode"),
+        subscribe=(CAMERAS, *RECORDED, MARKS),
+        serve=tuple(f"recorder/{name}" for name in ("start", "stop", "mark", "save")),
+        execute=("record",),
+    ),
+    "finetune": Access(execute=("finetune",)),
+    "teleop": Access(publish=("action_chunk", MARKS), subscribe=("executed_action",)),
 }
+TELEOP = "teleop"
 BACKENDS = {  # parameter `backend` of the controller -> what it adds
     "calvin": Access(publish=("sim/command",), subscribe=("sim/state",)),
     "dry_run": Access(publish=STATES),
@@ -90,15 +105,18 @@ OPERATOR = Access(  # a person's tools: may look, stop, resume and start a skill
         "latent",
         "action_chunk",
         "sim/state",
+        "recorder/status",
+        "recorder/episode",
         CAMERAS,
         *STATES,
     ),
-    publish=("/rosout", "/parameter_events"),
+    publish=("/rosout", "/parameter_events", MARKS),
     call=(
         *(f"controller/{name}" for name in ("enable", "stop", "resume", "recover", "home")),
         *("encoder/reset", "policy/load", "policy/rollback", "sim/reset"),
+        *(f"recorder/{name}" for name in ("start", "stop", "mark", "save")),
     ),
-    request=("run_skill",),
+    request=("run_skill", "record", "finetune"),
 )
 
 
@@ -109,7 +127,17 @@ def node_access(process: Process) -> Access:
     access = COMMON + NODES[process.executable]
     if process.executable == "franka_controller":
         access += BACKENDS.get(process.parameters.get("backend", "calvin"), Access())
+    if process.executable == "recorder":
+        access += Access(subscribe=tuple(split_names(process.parameters.get("extra_topics", ""))))
+    if process.executable == "teleop" and process.parameters.get("source", "joy") == "joy":
+        access += Access(subscribe=("joy",))
     return _fill(access, read_contract(process.parameters.get("contract", "")), process.remaps)
+
+
+def with_teleop(processes: list[Process]) -> list[Process]:
+    """The same, and the teleoperation if the controller obeys it: then its enclave is the only other one that may publish commands."""
+    sources = [name for process in processes for name in split_names(process.parameters.get("command_sources", ""))]
+    return [*processes, Process(TELEOP, TELEOP, processes[0].namespace, False, {}, {}, {})] if TELEOP in sources else processes
 
 
 def write_policies(processes: list[Process], folder: Path) -> list[Path]:
@@ -129,9 +157,9 @@ def write_policies(processes: list[Process], folder: Path) -> list[Path]:
     return [policies, script]
 
 
-def enclave_path(namespace: str, name: str) -> str:
-    """The enclave of a node, for --ros-args --enclave."""
-    return f"{'/' + namespace.strip('/') if namespace.strip('/') else ''}/{name}"
+def split_names(text: str) -> list[str]:
+    """'a, b' -> ['a', 'b']."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _fill(access: Access, contract: Contract, remaps: dict[str, str]) -> Access:
