@@ -1,4 +1,4 @@
-"""`diwa world-model`: train one on play, or measure one on held-out play."""
+"""`diwa world-model`: train one on play, measure one on held-out play, or calibrate the monitor of a running one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sub-commands train and report."""
+    """Sub-commands train, report and monitor."""
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train",
@@ -50,12 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--seed", type=int, default=0)
     report.add_argument("--device", default="cpu")
     report.add_argument("--threads", type=int, default=1)
+    monitor = commands.add_parser("monitor", help="watch the predictions of a running world model (docs/monitor.md)")
+    calibrate = monitor.add_subparsers(dest="monitor", required=True).add_parser(
+        "calibrate", help="measure what is usual, on held-out play"
+    )
+    calibrate.add_argument("--world-model", required=True, help="checkpoint")
+    calibrate.add_argument("--validation", nargs="+", required=True, help="play stores the model was not trained on")
+    calibrate.add_argument("--out", required=True, help="JSON file to write")
+    calibrate.add_argument("--false-alarms", type=float, default=1.0, help="per hour of clean play, at most about so many")
+    calibrate.add_argument("--debounce", type=int, default=3, help="frames in a row before an alarm")
+    calibrate.add_argument("--max-frames", type=int, help="of each store only the first whole episodes up to so many frames")
+    calibrate.add_argument("--device", default="cpu")
+    calibrate.add_argument("--threads", type=int, default=1)
 
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    return {"train": train, "report": report}[args.command](args)
+    return {"train": train, "report": report, "monitor": calibrate_monitor}[args.command](args)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -147,4 +159,29 @@ def report(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     print(write_report(args.checkpoint, args.play, args.validation, args.rollouts, args.out, args.windows, args.seed, args.device))
+    return 0
+
+
+def calibrate_monitor(args: argparse.Namespace) -> int:
+    """Write the calibration of a world model's monitor, and print it."""
+    from diwa_core.data.store import PlayStore
+    from diwa_core.world_model.filter import load_world_model
+    from diwa_core.world_model.monitor import calibrate
+    from diwa_core.world_model.monitor_data import measure_play
+
+    torch.set_num_threads(args.threads)
+    model, checkpoint = load_world_model(args.world_model, device=args.device)
+    stores = [PlayStore.open(path) for path in args.validation]
+    trained_on = set(checkpoint.lineage.get("play", []))
+    for path, store in zip(args.validation, stores, strict=True):
+        if store.content_hash in trained_on:
+            raise ConfigError(f"--validation: expected held-out play, found {path}, which this world model was trained on. Name another.")
+    residuals = measure_play(model, stores, args.max_frames)
+    hashes = tuple(store.content_hash for store in stores)
+    rate_hz = stores[0].contract.rate_hz
+    calibration, tails = calibrate(residuals, model, checkpoint.identity, rate_hz, args.false_alarms, args.debounce, hashes)
+    calibration.save(args.out)
+    print(f"{args.out}: world model {checkpoint.identity[:16]}, {60 * calibration.hours:.1f} minutes of play, {len(residuals)} episodes")
+    for name, tail in tails.items():
+        print(f"{name:16s} {tail.peaks} peaks, tail shape {tail.shape:.2f}; limits {calibration.limits_of(name)} deviations")
     return 0

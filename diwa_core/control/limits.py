@@ -32,6 +32,7 @@ class Clamp(IntFlag):
     RATE = 16
     LEASH = 32
     JOINT = 64
+    SURPRISE = 128  # slowed, because the world model is surprised
 
 
 @dataclass(frozen=True)

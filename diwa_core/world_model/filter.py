@@ -53,6 +53,8 @@ class LatentFilter:
     def reset(self) -> None:
         """Forget everything; the next observation is the first."""
         self.state: State | None = None
+        self.action: torch.Tensor | None = None  # [1, A] that led into the last frame, and the embedding [1, E] of that frame
+        self.embedding: torch.Tensor | None = None
         self.frames = 0
         self.generator.manual_seed(0)  # categorical posteriors are sampled; serving must repeat itself
 
@@ -73,8 +75,8 @@ class LatentFilter:
         images = {view: torch.from_numpy(model_image(observation.images[view]))[None].to(device) for view in self.model.config.views}
         size = self.model.config.scene_size
         low = torch.from_numpy(low_vector(observation.robot_obs, observation.target_pose, observation.scene_obs, size))[None].to(device)
-        embedding = self.model.embed(low, images)
+        self.action, self.embedding = torch.from_numpy(action)[None].to(device), self.model.embed(low, images)
         state = self.model.rssm.initial(1) if self.state is None else self.state
-        self.state = self.model.rssm.observe(state, torch.from_numpy(action)[None].to(device), embedding, self.generator)
+        self.state = self.model.rssm.observe(state, self.action, self.embedding, self.generator)
         self.frames += 1
         return self.state.feature[0].float().cpu().numpy()

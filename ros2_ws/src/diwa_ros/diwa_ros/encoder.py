@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import torch
-from diwa_interfaces.msg import ExecutedAction, LatentState
+from diwa_interfaces.msg import ExecutedAction, LatentState, Surprise
 from diwa_interfaces.srv import SwapWorldModel
 from geometry_msgs.msg import PoseStamped
 from rclpy.callback_groups import ReentrantCallbackGroup
@@ -20,8 +20,9 @@ from diwa_core.data.alignment import EXECUTED, JOINTS, POSE, TARGET, Frame, Fram
 from diwa_core.data.messages import SampleReader, list_sources
 from diwa_core.errors import ConfigError, DiwaError
 from diwa_core.world_model.filter import LatentFilter
+from diwa_core.world_model.monitor import Calibration, Monitor
 from diwa_ros.contracts import MODE
-from diwa_ros.diagnostics import ERROR, OK
+from diwa_ros.diagnostics import ERROR, OK, WARN
 from diwa_ros.images import load_reader
 from diwa_ros.messages import CAMERA, reliable, to_float32, to_time
 from diwa_ros.node import DiwaNode, run_node
@@ -39,6 +40,9 @@ class Encoder(DiwaNode):
     PARAMETERS = (
         MODE,
         Parameter("world_model", "", "Checkpoint of the world model: a folder or a .tar."),
+        Parameter(
+            "monitor", "", "Calibration of the world model's monitor; empty: errors are published and nothing is judged (docs/monitor.md)."
+        ),
         Parameter("device", "cpu", "Torch device, as cpu or cuda."),
         Parameter("threads", 1, "Threads of torch in this process.", 1, 64),
         Parameter(
@@ -68,6 +72,9 @@ class Encoder(DiwaNode):
         self.filter, self.filter_ms = load_filter(self.parameters["world_model"], self.parameters["device"])
         if self.filter.model.config.scene_size:
             raise ConfigError("parameter 'world_model': expected one that sees cameras, found one that reads the simulator's scene state.")
+        path = self.parameters["monitor"]
+        self.calibration = Calibration.load(path, self.filter.model, self.filter.identity) if path else None
+        self.monitor = self.make_monitor()
         self.paths = {self.filter.identity: self.parameters["world_model"]}
         self.other: LatentFilter | None = None  # prepared or previous
         self.other_filters = False  # whether it filters every frame too
@@ -82,6 +89,7 @@ class Encoder(DiwaNode):
         self.samples = SampleReader(self.contract, read_image)
         self.get_logger().info(reader)
         self.latent_publisher = self.advertise(LatentState, "latent", reliable(1))
+        self.surprise_publisher = self.advertise(Surprise, "world_model/surprise", reliable(10))
         self.candidate_publisher = self.advertise(LatentState, "latent/candidate", reliable(10))
         camera_qos = CAMERA if self.parameters["camera_qos"] == "sensor_data" else reliable(5)
         for stream in self.contract.images:
@@ -140,6 +148,7 @@ class Encoder(DiwaNode):
         self.diagnostics.report("inputs", OK, "frames are filtered", filter_ms=filter_ms, skipped=self.aligner.skipped)
         if self.other_filters:
             self.filter_frame(self.other, frame, self.candidate_publisher)
+        self.watch_frame(frame)
 
     def filter_frame(self, latent_filter: LatentFilter, frame: Frame, publisher: Publisher) -> LatentState:
         """Filter and publish; returns the message."""
@@ -151,6 +160,32 @@ class Encoder(DiwaNode):
         message.feature = to_float32(feature)
         publisher.publish(message)
         return message
+
+    # -- the monitor -------------------------------------------------------------------------------------------------------------------
+
+    def make_monitor(self) -> Monitor | None:
+        """A monitor of the running world model, that judges if the calibration is this one's; None where nothing can be compared."""
+        if not self.filter.model.config.frozen_embedding:
+            self.get_logger().warning("monitor: this world model predicts pixels, not embeddings: it is not watched")
+            return None
+        if self.calibration is not None and self.calibration.world_model == self.filter.identity:
+            return Monitor(self.filter.model, self.calibration)
+        self.get_logger().warning("monitor: not calibrated: prediction errors are published, nothing is judged and nothing acts")
+        return Monitor(self.filter.model)
+
+    def watch_frame(self, frame: Frame) -> None:
+        """Compare the frame with what the world model expected of it, and publish the verdict."""
+        if self.monitor is None:
+            return
+        verdict = self.monitor.update(self.filter.action, self.filter.embedding, self.filter.state)
+        message = Surprise(world_model_id=self.filter.identity, calibrated=self.monitor.calibration is not None)
+        message.header.stamp = to_time(frame.stamp_ns)
+        message.alarm, message.score, message.worst = verdict.alarm, verdict.score, verdict.worst
+        message.horizons, message.groups = list(self.monitor.horizons), list(self.monitor.groups)
+        message.errors = to_float32(verdict.errors)
+        self.surprise_publisher.publish(message)
+        text = "not calibrated" if not message.calibrated else "surprised" if verdict.alarm else "as expected"
+        self.diagnostics.report("monitor", WARN if verdict.alarm else OK, text, score=f"{verdict.score:.2f}", worst=verdict.worst)
 
     def reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Service encoder/reset: forget, and filter the newest complete frame again as the first."""
@@ -168,6 +203,8 @@ class Encoder(DiwaNode):
     def reset_filters(self) -> None:
         """Both world models forget."""
         self.filter.reset()
+        if self.monitor is not None:
+            self.monitor.reset()
         if self.other is not None:
             self.other.reset()
 
@@ -244,6 +281,7 @@ class Encoder(DiwaNode):
         if self.other.frames >= self.other.warmup_frames:
             self.other.frames = self.filter.frames
         self.filter, self.other, self.commits = self.other, self.filter, False
+        self.monitor = self.make_monitor()
 
     async def release(self, request: SwapWorldModel.Request) -> LatentFilter:
         """Filter with one world model again; the other one stays in memory."""

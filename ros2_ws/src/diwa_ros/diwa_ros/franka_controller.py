@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
-from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction
+from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction, Surprise
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import hold_action
@@ -22,6 +22,7 @@ from diwa_ros.gate import Chunk, ChunkGate, ClockCheck, Command, DroppedChunk, S
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_ns, to_time
 from diwa_ros.node import DiwaNode, run_node
 from diwa_ros.parameters import Parameter
+from diwa_ros.surprise import IGNORE, ON_SURPRISE, SLOW, SurpriseRule
 from diwa_ros.teleop_stream import OPERATOR
 
 ROBOTS = {**BACKENDS, "franky": FrankyBackend}
@@ -45,6 +46,9 @@ class FrankaController(DiwaNode):
         Parameter("max_clock_jump_s", 0.5, "Real time: stamps that jump by more than this hold the arm.", 0.05, 10.0),
         Parameter("limits", "simulation", "Limits of motion: simulation, fer, fr3, or a YAML file (docs/safety.md)."),
         Parameter("command_sources", "policy", "Nodes that may publish action_chunk, separated by commas; others hold the arm."),
+        Parameter("on_surprise", SLOW, "What a calibrated monitor's alarm does (docs/monitor.md).", choices=ON_SURPRISE),
+        Parameter("surprise_speed", 0.3, "slow: share of every motion that is left.", 0.05, 1.0),
+        Parameter("surprise_clear_s", 1.0, "How long after the last alarm the surprise is over.", 0.1, 60.0),
         Parameter("robot_timeout_s", 1.0, "Real time: a robot silent for this long is disconnected.", 0.1, 60.0),
     )
 
@@ -58,6 +62,7 @@ class FrankaController(DiwaNode):
         self.clock = ClockCheck(self.parameters["max_clock_jump_s"])
         self.limits = load_limits(self.parameters["limits"], contract)
         self.enabled = self.parameters["start_enabled"]
+        self.surprise = SurpriseRule(*(self.parameters[name] for name in ("on_surprise", "surprise_speed", "surprise_clear_s")))
         self.tick_ns, self.tick_answered, self.tick_s = -1, True, time.monotonic()
         self.sent: dict[int, Command] = {}
         self.commands, self.holds, self.command_age_ms = 0, 0, 0.0
@@ -68,6 +73,7 @@ class FrankaController(DiwaNode):
         sources = tuple(name.strip() for name in self.parameters["command_sources"].split(",") if name.strip())
         if not sources:
             raise ConfigError("parameter 'command_sources': expected the name of a node, as policy, found none.")
+        self.listen(Surprise, "world_model/surprise", self.take_surprise, reliable(10))
         self.source = CommandSource(self, chunks.topic_name, sources)
         self.backend = ROBOTS[self.parameters["backend"]](self, contract, self.take_tick)
         self.limiter = ActionLimiter(contract_limits(contract) if self.backend.LIMITS_MOTION else self.limits, contract)
@@ -137,7 +143,7 @@ class FrankaController(DiwaNode):
         command = self.gate.command_at(self.tick_ns) if self.watchdog.may_command else self.braking_command()
         if command is None:
             return
-        command = self.limit(command)
+        command = self.limit(self.surprise.slow_down(command, time.monotonic()))
         clamps = self.backend.send(self.tick_ns, command)
         if clamps:
             self.gate.clamped += 1
@@ -203,6 +209,24 @@ class FrankaController(DiwaNode):
         self.answer()
         self.publish_change()
 
+    def take_surprise(self, message: Surprise) -> None:
+        """The verdict of the world-model monitor on a frame."""
+        self.surprise.hear(message.alarm, message.worst, time.monotonic())
+        self.heed_surprise()
+
+    def heed_surprise(self) -> None:
+        """Slow a running policy, or hold it until controller/resume, while the world model is surprised."""
+        reason = self.surprise.reason(time.monotonic())
+        if self.surprise.reaction == IGNORE:
+            return
+        self.diagnostics.report("surprise", WARN if reason else OK, reason or "none")
+        if self.surprise.reaction == SLOW:
+            self.watchdog.warn(reason)
+        elif reason and self.watchdog.state in (State.ACTIVE, State.HOLD):
+            self.gate.clear()
+            self.watchdog.fault(f"{reason}; call controller/resume")
+        self.publish_change()
+
     def check_source(self) -> None:
         """Nobody but the named node may publish commands: while somebody else does, the arm is held until controller/resume."""
         before = self.source.accepted
@@ -216,6 +240,7 @@ class FrankaController(DiwaNode):
     def watch(self) -> None:
         """Rules of silence, of the policy and of the robot."""
         self.check_source()
+        self.heed_surprise()
         if self.obey_robot():
             return
         now_s = time.monotonic()
@@ -261,6 +286,8 @@ class FrankaController(DiwaNode):
         try:
             if self.source.look().intruder:
                 raise GateError(f"resume: {self.source.verdict.text}. End it first; one that was killed is forgotten after a while.")
+            if self.surprise.holds(time.monotonic()):
+                raise GateError(f"resume: {self.surprise.reason(time.monotonic())}. Look what is wrong, or wait until it is over.")
             self.backend.resume()
             self.watchdog.resume()
         except GateError as error:

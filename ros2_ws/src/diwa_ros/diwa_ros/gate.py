@@ -189,6 +189,7 @@ class Watchdog:
     reason: str = "waiting for the robot"
     heard_s: float = field(default=0.0)  # last accepted chunk
     stopped: tuple[State, str] | None = None  # a stop that outlasts a lost connection
+    caution: str = ""  # why a running policy is slowed
     imposed: bool = False  # the state is the robot's own
     kept: tuple[State, str] | None = None  # a stop of ours that goes on after the robot's own state has ended
 
@@ -196,6 +197,11 @@ class Watchdog:
     def accepts_chunks(self) -> bool:
         """Whether a chunk may be spliced in now."""
         return self.state in (State.IDLE, State.ACTIVE, State.HOLD)
+
+    @property
+    def running(self) -> str:
+        """The reason of ACTIVE."""
+        return self.caution or "a policy is running"
 
     @property
     def may_command(self) -> bool:
@@ -216,7 +222,7 @@ class Watchdog:
         if ends:
             self._enter(State.IDLE, "ready")
         else:
-            self._enter(State.ACTIVE, "a policy is running")
+            self._enter(State.ACTIVE, self.running)
 
     def check(self, now_s: float) -> None:
         """Apply the rules of silence; call it at least every 20 ms."""
@@ -227,6 +233,12 @@ class Watchdog:
             self._enter(State.FAULT, f"no action chunk for {self.stop_after_s:g} s; call controller/resume")
         elif silent_s > self.hold_after_s:
             self._enter(State.HOLD, f"no action chunk for {self.hold_after_s:g} s")
+
+    def warn(self, caution: str) -> None:
+        """Say why a running policy is slowed; empty: it no longer is."""
+        self.caution = caution
+        if self.state == State.ACTIVE:
+            self._enter(State.ACTIVE, self.running)
 
     def hold(self, reason: str) -> None:
         """Hold until the next accepted chunk."""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from diwa_interfaces.action import RecordEpisode
-from diwa_interfaces.msg import ControllerStatus, EpisodeMark, EpisodeReport, LatentState, PolicyStatus, RecorderStatus, SimState
+from diwa_interfaces.msg import ControllerStatus, EpisodeMark, EpisodeReport, LatentState, PolicyStatus, RecorderStatus, SimState, Surprise
 from diwa_interfaces.srv import MarkEpisode, SaveRecent, StartRecording, StopRecording
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
@@ -44,6 +44,7 @@ TOPICS = (  # besides the contract's cameras
     "executed_action",
     "latent",
     "latent/candidate",
+    "world_model/surprise",
     "action_chunk",
     "policy/status",
     "policy/history",
@@ -84,6 +85,7 @@ class Recorder(DiwaNode):
         Parameter("recent_s", 30.0, "Seconds kept in memory for recorder/save and for faults; 0 keeps nothing.", 0.0, 3600.0),
         Parameter("recent_mib", 512, "Memory for those seconds: with large images it is reached first.", 0, 65536),
         Parameter("save_on_fault", True, "Save those seconds when the controller reports a fault."),
+        Parameter("save_on_surprise", True, "Save them when a calibrated monitor raises its alarm while the arm works (docs/monitor.md)."),
         Parameter("after_fault_s", 1.0, "What follows a fault is saved with it, for this long.", 0.0, 10.0),
         Parameter("queue_mib", 256, "Memory for messages that wait for the disk; beyond it they are dropped and counted.", 1, 65536),
         Parameter("min_free_mib", 256, "Recording stops before the disk has less than this left.", 0, 1048576),
@@ -113,12 +115,14 @@ class Recorder(DiwaNode):
             "/controller/status": self.read_controller_status,
             "/policy/status": self.read_policy_status,
             "/latent": self.read_latent,
+            "/world_model/surprise": self.read_surprise,
         }
         self.looks = 0
         self.state, self.detail, self.bag, self.skill = RecorderStatus.STATE_IDLE, "ready", "", ""
         self.sim_episode: int | None = None
         self.controller_state: int | None = None
         self.fault: tuple[float, str] | None = None  # when to save, why
+        self.next_surprise_s = 0.0  # until then an alarm is part of one that has been saved
         self.identity_s = 0.0
         self.goal: ServerGoalHandle | None = None
         self.ended: Future | None = None  # of the goal
@@ -234,6 +238,15 @@ class Recorder(DiwaNode):
         self.controller_state = message.state
         if is_new and self.parameters["save_on_fault"]:
             self.fault = time.monotonic() + self.parameters["after_fault_s"], f"{message.state_name}: {message.reason}"
+
+    def read_surprise(self, data: bytes) -> None:
+        """An alarm of the world-model monitor is saved like a fault; further ones within the same seconds belong to it."""
+        message, now_s = deserialize_message(data, Surprise), time.monotonic()
+        if not message.alarm or now_s < self.next_surprise_s or self.controller_state == ControllerStatus.IDLE:
+            return
+        if self.parameters["save_on_surprise"]:
+            self.next_surprise_s = now_s + self.parameters["recent_s"]
+            self.fault = now_s + self.parameters["after_fault_s"], f"the world model was surprised: {message.worst}"
 
     def read_policy_status(self, data: bytes) -> None:
         """Which checkpoints act."""

@@ -63,12 +63,12 @@ NODES = {  # executable -> what it does beside COMMON
     "calvin_bridge": Access(publish=(CAMERAS, *STATES, "sim/state"), subscribe=("sim/command",), serve=("sim/reset",)),
     "franka_controller": Access(
         publish=("executed_action", "controller/status"),
-        subscribe=("action_chunk",),
+        subscribe=("action_chunk", "world_model/surprise"),
         serve=("controller/enable", "controller/stop", "controller/resume"),
     ),
     "fake_fr3": Access(publish=(CAMERAS, "sim/state"), serve=("sim/reset",)),
     "encoder": Access(
-        publish=("latent", "latent/candidate"),
+        publish=("latent", "latent/candidate", "world_model/surprise"),
         subscribe=(CAMERAS, *STATES, "executed_action"),
         serve=("encoder/reset", "encoder/world_model"),
     ),
@@ -103,6 +103,7 @@ OPERATOR = Access(  # a person's tools: may look, stop, resume and start a skill
         "policy/shadow",
         "executed_action",
         "latent",
+        "world_model/surprise",
         "action_chunk",
         "sim/state",
         "recorder/status",
