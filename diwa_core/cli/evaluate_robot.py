@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unattended", action="store_true", help="the stand-in's oracle sets the marks; needs a robot that has one")
     parser.add_argument("--bags", default="", help="folder to record every trial on the robot into")
     parser.add_argument("--attach", action="store_true", help="use the graph that runs already (launch/evaluate.launch.py)")
-    parser.add_argument(
-        "--open", action="store_true", help="open the key and write the report although the robot's trials are not finished"
-    )
+    parser.add_argument("--open", action="store_true", help="run nothing: open the key and write the report from what there is")
     parser.add_argument("--timeout", type=float, default=30.0, help="longest wait for the graph to answer anything, seconds")
     parser.add_argument("--mark-timeout", type=float, default=600.0, help="longest wait for the operator, seconds")
     parser.add_argument("--out", type=Path, default=Path("reports/robot"), help="folder of plan, key, journal, pictures and report.html")
@@ -61,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     """Plan, run what is missing, report. Stopped at any moment, the same command goes on."""
     from diwa_core.evaluate.trial_journal import ROBOT
     from diwa_core.evaluate.trial_judge import TrialJudge
-    from diwa_core.evaluate.trial_report import write_trial_report
     from diwa_core.evaluate.trial_run import run_trials
     from diwa_core.evaluate.trials import TrialFolder, make_plan
 
@@ -75,17 +72,25 @@ def run(args: argparse.Namespace) -> int:
     )
     folder = TrialFolder(args.out)
     folder.begin(plan, key)
+    if args.open:
+        return report(folder)
     judge = TrialJudge(world_model, args.checkpoint / "classifiers", plan.skills)
     for name in dict.fromkeys(args.on):
         robot = args.robot if name == ROBOT else ""
         with ExitStack() as stack:
             ran = run_trials(folder, name, robot, make_opener(args, name, judge, folder, stack), judge, tell)
         tell(f"{name}: {ran} trials run, all {len(plan.trials)} finished")
-    if not args.open and ROBOT not in args.on:
-        tell(f"the report opens the key, so it waits for the robot's trials; --open writes it now ({args.out})")
-        return 0
-    page = write_trial_report(folder, shlex.join(["diwa", *sys.argv[1:]]))
-    tell(f"the key is opened; report in {page}")
+    if ROBOT in args.on:
+        return report(folder)
+    tell("The report opens the key, so it waits for the robot's trials. --open writes it without them.")
+    return 0
+
+
+def report(folder: TrialFolder) -> int:
+    """Open the key."""
+    from diwa_core.evaluate.trial_report import write_trial_report
+
+    tell(f"the key is opened; report in {write_trial_report(folder, shlex.join(['diwa', *sys.argv[1:]]))}")
     return 0
 
 
@@ -112,7 +117,8 @@ def make_opener(args: argparse.Namespace, name: str, judge: TrialJudge, folder: 
     if name == "calvin":
         return lambda: open_calvin(args, stack)
     try:
-        from diwa_ros.trials import RobotTrials, SimulationTrials, open_graph, trial_graph
+        from diwa_ros.trial_graph import trial_graph
+        from diwa_ros.trials import RobotTrials, SimulationTrials, open_graph
     except ImportError as error:
         raise SetupError(f"the ROS nodes are not installed ({error}). Mend: make setup, or source the workspace.") from error
 

@@ -16,9 +16,10 @@ from scipy import stats
 from diwa_core.checkpoint import load_checkpoint
 from diwa_core.data.bag_format import SUCCESS
 from diwa_core.errors import CheckpointError
+from diwa_core.evaluate.journal import LineFile
 from diwa_core.evaluate.statistics import Estimate, PairedComparison, compare_paired, pool_mean, success_rate
 from diwa_core.evaluate.trial_journal import BACKENDS, BY_OPERATOR, ROBOT, TrialJournal, TrialRow
-from diwa_core.evaluate.trials import JOURNAL, Candidate, TrialFolder
+from diwa_core.evaluate.trials import JOURNAL, OPENED, Candidate, TrialFolder
 
 JUDGES = ("oracle", "mark", "classifier")
 FEWEST_FOR_INTERVAL = 5  # policies: below that the normal approximation of Kendall's tau says nothing
@@ -112,6 +113,14 @@ class TrialAnalysis:
         self.backends = tuple(backend for backend in BACKENDS if self.rows[backend])
         self.candidates = self.key.candidates
         self.trials = {trial.number: trial for trial in self.plan.trials}
+        self.openings: list[int] = []  # how many trials on the robot were finished whenever the key was opened
+        self._opened = LineFile(folder.path / OPENED, "an opening of the key", lambda row: self.openings.append(int(row["robot_trials"])))
+
+    def note_opening(self) -> None:
+        """Keep that the key is opened now: trials that follow are not blind. Raises DataError."""
+        if not self.openings or self.openings[-1] != len(self.rows[ROBOT]):
+            self._opened.append({"robot_trials": len(self.rows[ROBOT])})
+            self.openings.append(len(self.rows[ROBOT]))
 
     @property
     def missing(self) -> dict[str, int]:

@@ -22,7 +22,9 @@ JUDGE_NAMES = dict(zip(JUDGES, ("oracle", "operator's mark", "classifier"), stri
 def write_trial_report(folder: TrialFolder, command: str) -> Path:
     """Write report.html into the folder and return its path. command: what was typed. Raises DataError, also when nothing was tried yet."""
     path = folder.path / "report.html"
-    page = build_trial_report(TrialAnalysis(folder), command)
+    analysis = TrialAnalysis(folder)
+    page = build_trial_report(analysis, command)
+    analysis.note_opening()
     temporary = path.with_name(".report.html.new")
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -76,6 +78,10 @@ def list_notes(analysis: TrialAnalysis) -> list[str]:
         notes.append("The robot is the fake FR3: another simulation behind the robot's real protocol, a stand-in and no robot.")
     if any(row.marked_by == BY_ORACLE for row in robot_rows):
         notes.append("Its oracle set the operator's marks: nobody watched these trials.")
+    early = [count for count in analysis.openings if count < len(robot_rows)]
+    notes += [f"The key was opened after {min(early)} trials on the robot: later ones were not blind."] if early else []
+    held = sum(bool(row.watchdog) for row in robot_rows)
+    notes += [f"In {held} of {len(robot_rows)} trials on the robot the watchdog held the arm at least once."] if held else []
     discarded = {backend: analysis.journal.discarded(backend) for backend in analysis.backends}
     notes += [f"{count} trials on the {PLACES[backend]} were discarded and repeated." for backend, count in discarded.items() if count]
     return notes

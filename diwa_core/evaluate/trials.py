@@ -23,7 +23,7 @@ from diwa_core.evaluate.rollout import MAX_STEPS
 from diwa_core.sim.skills import SKILLS, SPLITS, check_skill
 
 FORMAT_VERSION = 1
-PLAN, KEY, JOURNAL = "plan.json", "key.json", "trials.jsonl"  # in the folder of an evaluation
+PLAN, KEY, JOURNAL, OPENED = "plan.json", "key.json", "trials.jsonl", "opened.jsonl"  # in the folder of an evaluation
 
 
 @dataclass(frozen=True)

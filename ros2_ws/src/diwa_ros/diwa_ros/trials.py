@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,20 +34,21 @@ from diwa_core.sim.skills import SkillOracle
 from diwa_core.sim.state import MAX_DELTA_M, MAX_DELTA_RAD, NEUTRAL_POSE, SceneState, wrap_angle
 from diwa_ros.demo import join_graph, wait_active, watch
 from diwa_ros.evaluator import GraphEpisode, GraphEvaluator
-from diwa_ros.graph import Process, load_graph
+from diwa_ros.graph import Process
 from diwa_ros.images import read_image_numpy
 from diwa_ros.messages import CAMERA, LATCHED, from_floats, from_pose, reliable, to_ns
 from diwa_ros.tap import GraphTap
 from diwa_ros.teleop_stream import OperatorStream
 from diwa_ros.up import GraphRunner
 
-NODE = "evaluator"  # the name under which trials command the arm to its start
 SWAP_TRIES = 5  # a busy machine may miss the latency gate once
 DROPS = ("stale", "nonfinite", "shape", "foreign")
 HOLDING = ("HOLD", "FAULT", "REFLEX", "USER_STOPPED", "DISCONNECTED")
 FRAME_PX = 96  # height of the pictures kept for the strips
 OVERLAY_S = 0.5
 LAST_FRAME_S = 2.0
+SILENCE = "no action chunk"  # how the controller explains a policy that it does not hear
+REPEATS = 2  # of one trial, unattended
 HOMING_S = 5.0  # until a robot that was told to go home must have begun
 AHEAD = 4  # steps of each chunk on the way to the start: one that arrives late still counts
 STEP = np.array([MAX_DELTA_M] * 3 + [MAX_DELTA_RAD] * 3)  # at action 1.0
@@ -59,22 +61,6 @@ SETTLE_TICKS = 20  # near the start, for the gripper too
 # -- the graph ---------------------------------------------------------------------------------------------------------------------------
 
 
-def trial_graph(checkpoint: str | Path, robot: str = "", real_time: bool = False, bags: str = "") -> list[Process]:
-    """The processes of the deployed graph as trials need it, for launch and `diwa evaluate robot` alike. robot: empty for simulation.
-
-    A watchdog event must not bring another policy back in the middle of a trial, so no swap is on probation. bags: folder for a recorder.
-    """
-    mode = "real_time" if robot or real_time else "lockstep"
-    where = {"real": True, "robot": robot} if robot else {"sim": True}
-    processes = load_graph("deploy").resolve({**where, "mode": mode, "checkpoint": str(checkpoint), "commands_from": f"policy, {NODE}"})
-    for process in processes:
-        if process.name == "policy":
-            process.parameters["probation_s"] = 0.0
-    if bags:
-        processes += load_graph("record").resolve({"folder": bags, "record": False, "mode": mode})
-    return processes
-
-
 @contextmanager
 def open_graph(
     processes: list[Process], contract: Contract, log_folder: Path, stops: list[int], attach: bool = False, timeout_s: float = 30.0
@@ -83,7 +69,10 @@ def open_graph(
 
     Raises SetupError when it is not ready in time, NodeDied when a node ends, KeyboardInterrupt once `stops` (signals) is not empty.
     """
-    join_graph(processes)
+    if attach:
+        os.environ.update({name: value for process in processes for name, value in process.extra_environment.items()})
+    else:
+        join_graph(processes)
     runner = GraphRunner([] if attach else processes, log_folder)
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     try:
@@ -103,6 +92,7 @@ class ControllerWatch:
     def __init__(self, client: GraphEvaluator) -> None:
         self.status: ControllerStatus | None = None
         self.states: list[str] = []  # since `begin`, each change once
+        self.faults: list[str] = []  # since `begin`, reasons of FAULT
         self.limits: dict[str, int] = {}
         client.node.create_subscription(ControllerStatus, "controller/status", self._take_status, LATCHED)
         client.node.create_subscription(DiagnosticArray, "/diagnostics", self._take_diagnostics, reliable(50))
@@ -115,7 +105,7 @@ class ControllerWatch:
 
     def begin(self) -> None:
         """Count from now on."""
-        self.before, self.limits_before, self.states = self.status, dict(self.limits), [self.state]
+        self.before, self.limits_before, self.states, self.faults = self.status, dict(self.limits), [self.state], []
 
     def fill(self, row: TrialRow) -> None:
         """Write the counts since `begin` into `row`."""
@@ -131,6 +121,8 @@ class ControllerWatch:
         self.status = message
         if not self.states or self.states[-1] != message.state_name:
             self.states.append(message.state_name)
+            if message.state == ControllerStatus.FAULT:
+                self.faults.append(message.reason)
 
     def _take_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
@@ -280,6 +272,7 @@ class RobotTrials(GraphTrials):
         self.log, self.oracle, self.mark, self.go, self.last_frame_number = TrialLog(), None, "", False, 0
         self.target = self.pose = self.picture = self.scene_obs = None
         self.tick_ns, self.answered_ns = -1, -1
+        self.repeats: dict[int, int] = {}  # discarded by themselves, by trial
         self.stream = OperatorStream(self.node.create_publisher(ActionChunk, "action_chunk", reliable(5)), self.contract)
         listen = self.node.create_subscription
         listen(LatentState, "latent", self._take_latent, reliable(50))
@@ -451,7 +444,7 @@ class RobotTrials(GraphTrials):
             steps = self._first_success(log, max_steps)
             row.oracle, row.steps = steps is not None, steps or 0
         if self.unattended:
-            self.mark, row.marked_by = SUCCESS if row.oracle else FAILURE, BY_ORACLE
+            self.mark, row.marked_by = self.mark_by_oracle(row), BY_ORACLE
         else:
             if not self.mark:
                 self.operator.tell("the trial is over: s success, f failure, d discard and repeat")
@@ -467,6 +460,15 @@ class RobotTrials(GraphTrials):
                 )
             row.marked_by = BY_OPERATOR
         row.mark = self.mark
+
+    def mark_by_oracle(self, row: TrialRow) -> str:
+        """What the oracle says, or, as an operator would, discard where the machine was too busy for the policy to be heard."""
+        silent = any(reason.startswith(SILENCE) for reason in self.controller.faults)
+        if not silent or row.oracle or self.repeats.get(row.trial, 0) >= REPEATS:
+            return SUCCESS if row.oracle else FAILURE
+        self.repeats[row.trial] = self.repeats.get(row.trial, 0) + 1
+        self.operator.tell(f"trial {row.trial} is discarded and repeated: the policy fell silent, and the arm was held")
+        return DISCARD
 
     def begin_bag(self, skill: str, number: int, plan: str) -> str:
         """Record the trial, if asked to; returns the bag. Raises DataError when the recorder refuses."""
