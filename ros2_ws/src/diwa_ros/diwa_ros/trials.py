@@ -269,7 +269,8 @@ class RobotTrials(GraphTrials):
         self.robot, self.operator, self.overlay_folder = robot, operator, overlay_folder
         self.unattended, self.record, self.mark_timeout_s = unattended, record, mark_timeout_s
         self.step_ns = round(1e9 / self.contract.rate_hz)
-        self.log, self.oracle, self.mark, self.go, self.last_frame_number = TrialLog(), None, "", False, 0
+        self.log, self.oracle, self.go, self.last_frame_number = TrialLog(), None, False, 0
+        self.mark, self.mark_in_bag = "", False
         self.target = self.pose = self.picture = self.scene_obs = None
         self.tick_ns, self.answered_ns = -1, -1
         self.repeats: dict[int, int] = {}  # discarded by themselves, by trial
@@ -282,7 +283,7 @@ class RobotTrials(GraphTrials):
         listen(PoseStamped, "target_pose", lambda m: setattr(self, "target", from_pose(m)), reliable(10))
         listen(PoseStamped, "current_pose", lambda m: setattr(self, "pose", from_pose(m)), reliable(10))
         listen(Image, self.contract.images[0].topic, self._take_image, CAMERA)
-        listen(EpisodeMark, "episode_mark", lambda m: self._take_mark(m.outcome), reliable(10))
+        listen(EpisodeMark, "episode_mark", lambda m: self._take_mark(m.outcome, in_bag=True), reliable(10))
         self.node.create_service(Trigger, "evaluation/go", self._take_go)
         self.resets = self.node.create_client(ResetSim, "sim/reset")
         self.renderer = StartRenderer()
@@ -300,7 +301,7 @@ class RobotTrials(GraphTrials):
         self.go_to(start)
         row.start_error = self.show_start(assignment)
         self.oracle = None if self.scene_obs is None else SkillOracle(trial.skill, self.scene_obs)
-        self.log, self.mark = TrialLog(), ""
+        self.log, self.mark, self.mark_in_bag = TrialLog(), "", False
         self.controller.begin()
         bag = self.begin_bag(trial.skill, trial.number, plan.identity)
         try:
@@ -312,7 +313,7 @@ class RobotTrials(GraphTrials):
             with suppress(DiwaError):  # what went wrong is more worth telling
                 self.end_bag(bag, DISCARD)
             raise
-        row.bag = self.end_bag(bag, self.mark)
+        row.bag = self.end_bag(bag, "" if self.mark_in_bag else self.mark)
         self.controller.fill(row)
         row.latency_ms, row.message = log.latency_ms, result.message
         row.steps = min(row.steps or result.steps, plan.max_steps)
@@ -508,11 +509,12 @@ class RobotTrials(GraphTrials):
     def _read_keys(self) -> None:
         for key in self.operator.keys():
             if key in KEYS:
-                self._take_mark(KEYS[key])
+                self._take_mark(KEYS[key], in_bag=False)
 
-    def _take_mark(self, outcome: str) -> None:
+    def _take_mark(self, outcome: str, in_bag: bool) -> None:
+        """A mark that came as a message has reached the recorder, too, and ended its episode."""
         if outcome in OUTCOMES:
-            self.mark = outcome
+            self.mark, self.mark_in_bag = outcome, in_bag
 
     def _take_go(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self.go, response.success, response.message = True, True, "going on"
