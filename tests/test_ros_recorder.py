@@ -18,6 +18,7 @@ from diwa_interfaces.msg import (
     RecorderStatus,
     ShadowReport,
     SimState,
+    Surprise,
     SwapEvent,
 )
 from diwa_interfaces.srv import MarkEpisode, SaveRecent, StartRecording, StopRecording
@@ -225,6 +226,26 @@ def test_a_fault_and_a_request_save_the_last_seconds(make_graph):
     bags = sorted((graph.node.recorder.settings.folder).iterdir())
     assert len(bags) == 2 and max(read(bag)[1].notes["reason"] for bag in bags) == "odd noise"
     assert min(read(bag)[1].notes["reason"] for bag in bags) == "FAULT: policy silent"
+
+
+def test_a_surprise_is_saved_once_while_the_arm_works(make_graph):
+    graph = make_graph()
+    graph.send(30)
+    surprise = graph.probe.node.create_publisher(Surprise, "world_model/surprise", reliable(10))
+    status = graph.probe.node.create_publisher(ControllerStatus, "controller/status", LATCHED)
+    heard = []
+    graph.node.readers["/world_model/surprise"] = lambda data: (graph.node.read_surprise(data), heard.append(data))
+    for state, alarm in ((ControllerStatus.IDLE, True), (ControllerStatus.ACTIVE, False), (ControllerStatus.ACTIVE, True)):
+        status.publish(ControllerStatus(state=state))
+        graph.probe.until(lambda state=state: graph.node.controller_state == state, 60)
+        assert graph.node.fault is None
+        graph.probe.until(surprise.get_subscription_count, 60)
+        count = len(heard)
+        surprise.publish(Surprise(alarm=alarm, worst="rgb_static, 4 ahead"))
+        graph.probe.until(lambda count=count: len(heard) > count, 60)
+    surprise.publish(Surprise(alarm=True, worst="arm, 1 ahead"))  # part of the same
+    graph.probe.until(lambda: "rgb_static, 4 ahead" in graph.probe.diagnostics.get("recorder: recent", (b"", ""))[1], 60)
+    assert graph.node.fault is None and len(list(graph.node.recorder.settings.folder.iterdir())) == 1
 
 
 def test_unreliable_late_and_further_topics_are_recorded(make_graph):

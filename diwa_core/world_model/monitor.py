@@ -226,6 +226,14 @@ class Monitor:
         return Surprise(errors, float(ratios[k, g]), worst, bool(alarming.any()))
 
 
+def judge(residuals: np.ndarray, model: WorldModel, calibration: Calibration) -> np.ndarray:
+    """On which frames of a recorded episode the running monitor would raise its alarm, per group: bool [T, G]; residuals [T, K, E]."""
+    errors = group_errors(residuals.astype(np.float64), list_groups(model), np.asarray(calibration.deviations))
+    ratios = errors / np.asarray(calibration.limits)
+    alarms = [[debounce(ratios[:, k, g], calibration.debounce_frames) > 1 for k in range(ratios.shape[1])] for g in range(ratios.shape[2])]
+    return np.array(alarms).any(1).T
+
+
 # -- calibrating -----------------------------------------------------------------------------------------------------------------------
 
 LEVEL_QUANTILE = 0.99  # brings the horizons of a group to one scale

@@ -113,6 +113,7 @@ class FrankaController(DiwaNode):
         if tick.first_of_episode and tick.stamp_ns > 0:
             self.gate.clear()
             self.limiter.reset()
+            self.surprise.forget()
             self.watchdog.hear(self.tick_s, ends=True)
         self.publish_executed(tick)
         self.watchdog.connect()
@@ -210,8 +211,9 @@ class FrankaController(DiwaNode):
         self.publish_change()
 
     def take_surprise(self, message: Surprise) -> None:
-        """The verdict of the world-model monitor on a frame."""
-        self.surprise.hear(message.alarm, message.worst, time.monotonic())
+        """The verdict of the world-model monitor on a frame. While nothing moves the arm, people may move what they like."""
+        rests = self.watchdog.state in (State.IDLE, State.CONNECTING, State.DISCONNECTED)
+        self.surprise.hear(message.alarm and not rests, message.worst, time.monotonic())
         self.heed_surprise()
 
     def heed_surprise(self) -> None:

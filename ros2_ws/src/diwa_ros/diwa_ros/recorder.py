@@ -58,6 +58,7 @@ DISCOVER_S, LOOK_AGAIN = 0.25, 8  # topics without a publisher are looked for th
 IDENTITY_S = 1.0  # how often a latent is read for the identity of its world model
 CLOSE_LIMIT_S = 20.0  # at the end of the process
 FAULTS = (ControllerStatus.REFLEX, ControllerStatus.FAULT)
+WORKING = (None, ControllerStatus.ACTIVE, ControllerStatus.HOLD)  # or no controller is heard
 
 
 @dataclass
@@ -242,7 +243,7 @@ class Recorder(DiwaNode):
     def read_surprise(self, data: bytes) -> None:
         """An alarm of the world-model monitor is saved like a fault; further ones within the same seconds belong to it."""
         message, now_s = deserialize_message(data, Surprise), time.monotonic()
-        if not message.alarm or now_s < self.next_surprise_s or self.controller_state == ControllerStatus.IDLE:
+        if not message.alarm or now_s < self.next_surprise_s or self.controller_state not in WORKING:
             return
         if self.parameters["save_on_surprise"]:
             self.next_surprise_s = now_s + self.parameters["recent_s"]

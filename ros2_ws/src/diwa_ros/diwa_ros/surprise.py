@@ -32,6 +32,10 @@ class SurpriseRule:
             self.worst = worst
         self.alarm_s = now_s
 
+    def forget(self) -> None:
+        """The scene was reset: what surprised before is over."""
+        self.alarm_s = None
+
     def is_surprised(self, now_s: float) -> bool:
         """Whether an alarm was heard within the last `clear_s`."""
         return self.alarm_s is not None and now_s - self.alarm_s <= self.clear_s
