@@ -29,7 +29,7 @@ from diwa_core.sim.skills import start_state
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_candidates(tmp_path_factory.mktemp("checkpoints"))
+    return make_candidates(tmp_path_factory.mktemp("checkpoints"), ("policies", "tuned", "third"))
 
 
 def candidates(checkpoints: Path) -> dict[str, Path]:
@@ -182,6 +182,32 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(checkpoints, tmp_path):
     assert run_trials(folder, ROBOT, "arm", refuse, judge) == 0
 
 
+def test_the_command_goes_on_and_reports_at_the_end(checkpoints, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of the robot's trials, then the same command again; the backends are known ones."""
+    made = []
+
+    def make_opener(args, name, judge, folder, stack):
+        def open_backend():
+            breaks = 3 if name == ROBOT and not made.count(ROBOT) else 0
+            made.append(name)
+            return KnownBackend(name, lambda a: True, break_at=breaks, robot=args.robot if name == ROBOT else "")
+
+        return open_backend
+
+    monkeypatch.setattr("diwa_core.cli.evaluate_robot.make_opener", make_opener)
+    words = ["evaluate", "robot", "--checkpoint", str(checkpoints), "--out", str(tmp_path), "--starts", "1", "--skills", "open_drawer"]
+    words += ["--candidates", *(f"{name}={path}" for name, path in {**candidates(checkpoints), "third": checkpoints / "third"}.items())]
+    assert main(words) == 130
+    told = capsys.readouterr().out
+    assert "robot: stopped; finished trials are kept, and the same command goes on" in told and not (tmp_path / "report.html").exists()
+    assert main(words) == 0 and made == [SIMULATION, ROBOT, ROBOT]
+    told = capsys.readouterr().out
+    assert "robot: trial 3 of 3, open_drawer" in told and "robot: 1 trials run, all 3 finished" in told and "the key is opened" in told
+    assert "third − base" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "robot"])
+
+
 def test_a_discarded_trial_is_repeated_and_counted(checkpoints, tmp_path):
     marks = iter(["success", "discard", "discard", "failure", *["success"] * 10])
     folder = begin(checkpoints, tmp_path)
@@ -302,9 +328,9 @@ def test_the_report_opens_the_key(checkpoints, tmp_path):
     assert (ranks.policies, ranks.same, ranks.tied) == (4, 1, 1)
     page = write_trial_report(folder, "diwa evaluate robot ...").read_text()
     for words in (
-        "base 0 % (0–", "tuned 50 %", "Sim-to-real gap", "oracle and classifier", "operator's mark and classifier", "HOLD 12",
+        "base 0 % (0–", "tuned 50 %", "Sim-to-real gap", "oracle and classifier", "operator's mark and classifier", "HOLD 6",
         "Order in simulation → order on the robot", "Order in imagination → order on the robot", "camera → chunk", "50.0 %",
-        folder.read_plan().identity, base.identities["open_drawer"][:16], "tuned − base", "24",
+        folder.read_plan().identity, base.identities["open_drawer"][:16], "tuned − base", "<td>12</td>",
     ):  # fmt: skip
         assert words in page, words
     assert page.count("data:image/webp;base64,") == 8 and not re.search(r'(src|href)="(?!data:)http', page) and "<script" not in page

@@ -77,8 +77,12 @@ def run(args: argparse.Namespace) -> int:
     judge = TrialJudge(world_model, args.checkpoint / "classifiers", plan.skills)
     for name in dict.fromkeys(args.on):
         robot = args.robot if name == ROBOT else ""
-        with ExitStack() as stack:
-            ran = run_trials(folder, name, robot, make_opener(args, name, judge, folder, stack), judge, tell)
+        try:
+            with ExitStack() as stack:
+                ran = run_trials(folder, name, robot, make_opener(args, name, judge, folder, stack), judge, tell)
+        except KeyboardInterrupt:
+            tell(f"{name}: stopped; finished trials are kept, and the same command goes on")
+            raise
         tell(f"{name}: {ran} trials run, all {len(plan.trials)} finished")
     if ROBOT in args.on:
         return report(folder)

@@ -54,8 +54,9 @@ AHEAD = 4  # steps of each chunk on the way to the start: one that arrives late 
 STEP = np.array([MAX_DELTA_M] * 3 + [MAX_DELTA_RAD] * 3)  # at action 1.0
 APPROACH = 1 / 15  # share of the remaining way per step
 APPROACH_SPEED = 0.4  # share of full speed
-NEAR_M, NEAR_RAD = 0.003, 0.015
-SETTLE_TICKS = 20  # near the start, for the gripper too
+AIMED, ARRIVED = (0.003, 0.015), (0.008, 0.04)  # metres and radians: of the commanded pose, and of the measured one that follows it
+SETTLE_TICKS = 20  # at the start, for the gripper too
+SETTLE_S = 5.0  # until an arm that comes no nearer is as near as it gets
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------------------------
@@ -369,23 +370,25 @@ class RobotTrials(GraphTrials):
     def go_to(self, start: SceneState) -> None:
         """Hand and gripper to the start, through the gate as any other commands. Raises DataError when they get no nearer."""
         goal = np.array(NEUTRAL_POSE if start.tcp_pose is None else start.tcp_pose, float)
-        self.until(lambda: self.target is not None and self.tick_ns > 0, "the robot's target pose and ticks")
-        best, near, better_s = np.inf, 0, time.monotonic()
+        self.until(lambda: self.target is not None and self.pose is not None and self.tick_ns > 0, "the robot's poses and ticks")
+        nearest, better_s, settled = np.inf, time.monotonic(), 0
         try:
-            while near < SETTLE_TICKS:
+            while settled < SETTLE_TICKS:
                 self.until(lambda: self.tick_ns > self.answered_ns, "the robot's next tick")
                 self.answered_ns = self.tick_ns
-                way = np.concatenate([goal[:3] - self.target[:3], wrap_angle(goal[3:] - self.target[3:])])
-                far = max(np.abs(way[:3]).max() / NEAR_M, np.abs(way[3:]).max() / NEAR_RAD)
-                near = near + 1 if far <= 1 else 0
-                if far < 0.95 * best or near:
-                    best, better_s = min(far, best), time.monotonic()
-                if time.monotonic() - better_s > self.client.timeout_s:
+                way, lag = _distance(goal, self.target), _distance(goal, self.pose)
+                aimed, far = _share(way, AIMED), _share(lag, ARRIVED)
+                if max(aimed, far) < 0.95 * nearest:
+                    nearest, better_s = max(aimed, far), time.monotonic()
+                waited_s = time.monotonic() - better_s
+                if aimed > 1 and waited_s > self.client.timeout_s:
                     raise DataError(
-                        f"arm: expected it at its start, found it {1e3 * np.linalg.norm(way[:3]):.0f} mm and "
-                        f"{np.degrees(np.abs(way[3:]).max()):.0f} degrees away and no longer coming nearer. "
+                        f"arm: expected it at its start, found it {1e3 * np.linalg.norm(lag[:3]):.0f} mm and "
+                        f"{np.degrees(np.abs(lag[3:]).max()):.0f} degrees away and no longer coming nearer. "
                         f"Controller: {self.controller.state}. Are the start and the robot's workspace those of one table?"
                     )
+                # A compliant arm may stay a little off; the report says by how much.
+                settled = settled + 1 if aimed <= 1 and (far <= 1 or waited_s > SETTLE_S) else 0
                 step = (APPROACH * way / STEP).clip(-APPROACH_SPEED, APPROACH_SPEED)
                 self.stream.send(self.answered_ns, np.tile(np.append(step, start.gripper), (AHEAD, 1)))
         finally:
@@ -464,11 +467,11 @@ class RobotTrials(GraphTrials):
 
     def mark_by_oracle(self, row: TrialRow) -> str:
         """What the oracle says, or, as an operator would, discard where the machine was too busy for the policy to be heard."""
-        silent = any(reason.startswith(SILENCE) for reason in self.controller.faults)
+        silent = "DISCONNECTED" in self.controller.states or any(reason.startswith(SILENCE) for reason in self.controller.faults)
         if not silent or row.oracle or self.repeats.get(row.trial, 0) >= REPEATS:
             return SUCCESS if row.oracle else FAILURE
         self.repeats[row.trial] = self.repeats.get(row.trial, 0) + 1
-        self.operator.tell(f"trial {row.trial} is discarded and repeated: the policy fell silent, and the arm was held")
+        self.operator.tell(f"trial {row.trial} is discarded and repeated: policy or robot fell silent, and the arm was held")
         return DISCARD
 
     def begin_bag(self, skill: str, number: int, plan: str) -> str:
@@ -555,3 +558,13 @@ class RobotTrials(GraphTrials):
             height = min(FRAME_PX, picture.shape[0])
             width = round(picture.shape[1] * height / picture.shape[0])
             self.log.frames.append(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
+
+
+def _distance(goal: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """From `pose` [6] to `goal` [6], angles wrapped."""
+    return np.concatenate([goal[:3] - pose[:3], wrap_angle(goal[3:] - pose[3:])])
+
+
+def _share(distance: np.ndarray, limits: tuple[float, float]) -> float:
+    """Largest part of `distance` [6] in units of the limits for position and angle; up to 1 is near."""
+    return float(max(np.abs(distance[:3]).max() / limits[0], np.abs(distance[3:]).max() / limits[1]))
