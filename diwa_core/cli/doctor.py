@@ -19,7 +19,8 @@ EXIT_MISSING = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--robot", metavar="ADDRESS", help="examine a Franka, the line to it and this machine's fitness to control it")
+    what = "examine a Franka, the line to it and this machine's fitness to control it; a YAML like config/robot.yaml is examined, too"
+    parser.add_argument("--robot", metavar="ADDRESS|YAML", help=what)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="folder with world_model/ and policies/")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from diwa_core.cli.preflight import Finding
 from diwa_core.control.franka_arm import Connector, describe, import_franky
+from diwa_core.control.robot_config import RobotConfig, load_robot_config
 from diwa_core.errors import DiwaError
 
 ROBOT_PORT, GRIPPER_PORT = 1337, 1338
@@ -27,8 +28,15 @@ STATES, MAX_LATE_MS = 500, 5.0
 INSTALL = ".venv/bin/pip install -c constraints.txt '.[franka]'"
 
 
-def examine_robot(address: str) -> list[Finding]:
-    """Every finding, in the order in which to mend them; later ones are left out when the robot cannot be reached."""
+def examine_robot(robot: str) -> list[Finding]:
+    """Every finding, in the order in which to mend them; later ones are left out when the robot cannot be reached.
+
+    robot: its address, or its YAML. Raises ConfigError on a YAML with mistakes.
+    """
+    described, address = [], robot
+    if Path(robot).suffix in (".yaml", ".yml"):
+        config = load_robot_config(robot)
+        described, address = [describe_config(robot, config)], config.address
     findings = [
         check_client(),
         check_kernel(),
@@ -39,7 +47,16 @@ def examine_robot(address: str) -> list[Finding]:
     ]
     if findings[0].ok and findings[-1].ok:
         findings += ask_robot(address)
-    return findings
+    return [*described, *findings]
+
+
+def describe_config(path: str, config: RobotConfig) -> Finding:
+    """What the robot's YAML allows, to be read by whoever stands beside the arm."""
+    limits = config.motion
+    box = f"{limits.workspace_lower_m} to {limits.workspace_upper_m} m from the base"
+    speed = f"{limits.max_speed_m_s:g} m/s, {limits.max_speed_rad_s:g} rad/s"
+    load = f"load {config.tool.load_kg:g} kg; stops at {config.collision.force_n:g} N"
+    return Finding(path, True, f"{config.model} at {config.address}; up to {speed} in {box}; {load}")
 
 
 def check_client() -> Finding:
