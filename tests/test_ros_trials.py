@@ -9,6 +9,7 @@ import cv2
 import pytest
 import yaml
 from ros_support import private_environment
+from std_srvs.srv import Trigger
 from trial_support import make_candidates, make_judge
 
 from diwa_core.cli.main import build_parser, main
@@ -74,13 +75,15 @@ def test_trials_in_the_simulation_on_the_graph(checkpoints, tmp_path, monkeypatc
 
 
 class ScriptedOperator:
-    """Presses Enter whenever it is asked to, and `mark` once the trial is over; without a mark it is fired at once."""
+    """Presses Enter whenever asked to, resumes the robot, and marks once the trial is over; without a mark, patience ends at once."""
 
     def __init__(self) -> None:
         self.mark, self.pressed, self.told, self.trials = "s", "", [], None
 
     def tell(self, text: str) -> None:
         self.told.append(text)
+        if "not ready: FAULT" in text:
+            self.trials.call(Trigger, "controller/resume", Trigger.Request())
         if "Enter" in text:
             self.pressed += "\n"
         if "the trial is over" in text:
@@ -105,6 +108,8 @@ def test_trials_on_the_fake_fr3(checkpoints, tmp_path, alone, monkeypatch) -> No
             process.parameters["robot"] = str(tmp_path / "robot.yaml")
         if process.name == "policy":
             process.parameters["latency_budget_ms"] = 1000.0  # a busy machine's latencies are not what is tested
+        if process.name == "franka_controller":
+            process.parameters["stop_after_s"] = 10.0
     plan, key = make_plan({"only": checkpoints / "tuned"}, checkpoints / "world_model", starts=3, max_steps=6)
     folder, judge, operator = TrialFolder(tmp_path / "out"), make_judge(checkpoints, [SKILL]), ScriptedOperator()
     folder.begin(plan, key)

@@ -43,7 +43,8 @@ from diwa_ros.up import GraphRunner
 
 SWAP_TRIES = 5  # a busy machine may miss the latency gate once
 DROPS = ("stale", "nonfinite", "shape", "foreign")
-HOLDING = ("HOLD", "FAULT", "REFLEX", "USER_STOPPED", "DISCONNECTED")
+STOPPED = ("FAULT", "REFLEX", "USER_STOPPED", "DISCONNECTED")  # goes on by somebody's doing
+HOLDING = ("HOLD", *STOPPED)
 FRAME_PX = 96  # height of the pictures kept for the strips
 OVERLAY_S = 0.5
 LAST_FRAME_S = 2.0
@@ -323,7 +324,7 @@ class RobotTrials(GraphTrials):
     # -- the start -----------------------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Wait for an idle robot. Whoever is there is told what holds it; nobody is: it is resumed or recovered here."""
+        """Wait for an idle robot. An operator is told what holds it, and mends that; unattended, it is resumed or recovered here."""
         told = ""
         end_s = time.monotonic() + self.mark_timeout_s
         while not self.spin(lambda: self.controller.state == "IDLE", 2.0):
@@ -355,7 +356,7 @@ class RobotTrials(GraphTrials):
                 raise DataError(f"controller/home: expected the arm to go home, found a refusal: {answer.message}")
             self.spin(lambda: False, 0.5)
         self.spin(lambda: self.controller.state != "IDLE", HOMING_S)
-        self.until(lambda: self.controller.state == "IDLE", "the arm at home", self.mark_timeout_s)
+        self.settle()
 
     def reset_table(self, assignment: Assignment) -> None:
         """A stand-in puts its table into the start by itself. Raises DataError when it refuses."""
@@ -374,6 +375,10 @@ class RobotTrials(GraphTrials):
         nearest, better_s, settled = np.inf, time.monotonic(), 0
         try:
             while settled < SETTLE_TICKS:
+                if self.controller.state in STOPPED:
+                    self.stream.end()
+                    self.settle()
+                    better_s = time.monotonic()
                 self.until(lambda: self.tick_ns > self.answered_ns, "the robot's next tick")
                 self.answered_ns = self.tick_ns
                 way, lag = _distance(goal, self.target), _distance(goal, self.pose)
@@ -393,7 +398,7 @@ class RobotTrials(GraphTrials):
                 self.stream.send(self.answered_ns, np.tile(np.append(step, start.gripper), (AHEAD, 1)))
         finally:
             self.stream.end()
-        self.until(lambda: self.controller.state == "IDLE", "the arm to rest at its start")
+        self.settle()
 
     def show_start(self, assignment: Assignment) -> dict[str, float]:
         """Keep the overlay fresh until the operator is content; returns how far the start is off."""
