@@ -268,7 +268,7 @@ def test_refits_follow_the_offline_stages_and_change_none_of_them(tmp_path):
     words = {name: stage.show(Path("")) for name, stage in after.items()}
     record = words["refit2/rollouts"]
     assert "--policies refit1/seed1/finetuned --skills open_drawer turn_on_led --record data/refit2 --split train --episodes 9" in record
-    stores = "data/play data/play_scenes data/play_contacts data/refit1 data/refit2"
+    stores = "data/play data/play_scenes data/play_contacts data/play_misses data/refit1 data/refit2"
     assert f"--play {stores} --init refit1/more_models/judge" in words["refit2/more_models/judge"]
     assert words["refit2/more_models/judge"].endswith("--seed 2 --steps 7") and "--size" not in words["refit1/world_model"]
     assert "--world-model refit2/world_model --more-models refit2/more_models/judge" in words["refit2/finetune/seed2/turn_on_led"]
