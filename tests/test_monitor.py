@@ -24,6 +24,7 @@ from diwa_core.world_model.monitor import (
     find_peaks,
     fit_tail,
     group_errors,
+    judge,
     list_groups,
 )
 from diwa_core.world_model.monitor_data import measure_play
@@ -104,6 +105,8 @@ def test_an_alarm_needs_its_frames_in_a_row_and_names_the_group(model, play, gro
             alarms.append(t)
             assert verdict.worst.startswith(group) and verdict.score > 1
     assert alarms[0] == (30 if frames == 1 else 45 + frames - 1)
+    recorded = judge(compare_sequences(model, embeddings, actions[:1])[0], model, monitor.calibration)
+    assert np.flatnonzero(recorded.any(1)).tolist() == alarms
 
 
 def test_an_error_that_is_not_finite_is_an_alarm_at_once(model, play):
@@ -197,6 +200,9 @@ def test_too_little_or_bad_data_is_refused(model):
         calibrate(make_residuals(model, 1, 300), model, "a" * 64, 30.0)
     with pytest.raises(DataError, match="longer than 16 frames"):
         calibrate([np.zeros((10, 3, model.embedding_size))], model, "a" * 64, 30.0)
+    for values in ({"false_alarms_per_hour": 0.0}, {"false_alarms_per_hour": float("nan")}, {"debounce_frames": 0}):
+        with pytest.raises(ConfigError, match="more than 0 false alarms"):
+            calibrate(make_residuals(model, 1, 300), model, "a" * 64, 30.0, **values)
     bad = make_residuals(model, 3, 400)
     bad[1][200, 1, 4] = np.inf
     with pytest.raises(DataError, match="finite prediction errors, found others in episode 1"):
@@ -227,6 +233,7 @@ def test_a_calibration_is_read_back_and_refused_for_another_world_model(model, t
         (lambda v: {**v, "calibration": {**v["calibration"], "limits": [[np.nan] * 4] * 3}}, "finite, positive limits"),
         (lambda v: {**v, "calibration": {**v["calibration"], "deviations": [[0.0] * 38] * 3}}, "finite, positive deviations"),
         (lambda v: {**v, "calibration": {**v["calibration"], "debounce_frames": 0}}, "at least 1"),
+        (lambda v: {**v, "calibration": {**v["calibration"], "horizons": [0, 4, 12]}}, "expected 1 to 120 frames"),
         (lambda v: {**v, "calibration": None}, "expected a mapping"),
         (lambda v: None, "No such file"),
     ],

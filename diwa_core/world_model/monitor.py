@@ -26,6 +26,7 @@ from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.rssm import State
 
 HORIZONS = (1, 4, 12)  # frames ahead
+MAX_HORIZON = 120
 FORMAT = "diwa_monitor"
 FORMAT_VERSION = 1
 
@@ -142,6 +143,8 @@ class Calibration:
             values = np.asarray(getattr(self, name), float)
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise ConfigError(f"calibration: expected finite, positive {name}, found others. Calibrate again.")
+        if not self.horizons or not all(1 <= horizon <= MAX_HORIZON for horizon in self.horizons):
+            raise ConfigError(f"calibration.horizons: expected 1 to {MAX_HORIZON} frames, found {self.horizons}.")
         if self.debounce_frames < 1:
             raise ConfigError(f"calibration.debounce_frames: expected at least 1, found {self.debounce_frames}.")
 
@@ -303,8 +306,12 @@ def calibrate(
 ) -> tuple[Calibration, dict[str, Tail]]:
     """Calibration from the residuals [T, K, E] of held-out episodes, and the tail of each group.
 
-    Every group may give its share of the false alarms. Raises DataError on too little data and on residuals that are not finite.
+    Every group may give its share of the false alarms. Raises DataError on too little data and on residuals that are not
+    finite, ConfigError on a rate or debounce that is not positive.
     """
+    if not false_alarms_per_hour > 0 or debounce_frames < 1:
+        found = f"{false_alarms_per_hour} and {debounce_frames}"
+        raise ConfigError(f"monitor: expected more than 0 false alarms per hour and a debounce of at least 1 frame, found {found}.")
     groups = list_groups(model)
     warm = [part[model.config.warmup_frames + max(HORIZONS) - 1 :] for part in residuals]
     for number, part in enumerate(warm):
