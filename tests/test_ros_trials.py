@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -15,7 +16,7 @@ from trial_support import make_candidates, make_judge
 from diwa_core.cli.main import build_parser, main
 from diwa_core.contract import Contract
 from diwa_core.errors import DataError
-from diwa_core.evaluate.trial_journal import BY_OPERATOR, BY_ORACLE, ROBOT, SIMULATION, TrialJournal
+from diwa_core.evaluate.trial_journal import BY_OPERATOR, BY_ORACLE, ROBOT, SIMULATION, TrialJournal, TrialRow
 from diwa_core.evaluate.trial_run import run_trials
 from diwa_core.evaluate.trials import JOURNAL, TrialFolder, make_plan
 from diwa_ros.trial_graph import trial_command, trial_graph
@@ -53,6 +54,22 @@ def test_launch_starts_the_trials_with_words_that_the_command_line_reads(tmp_pat
     assert start == ["-m", "diwa_core.cli.main"] and (verb, step) == ("evaluate", "robot")
     args = build_parser("evaluate").parse_args([*words[2:], "--candidates", "a=x"])
     assert (args.attach, args.on, args.robot, args.bags) == (True, ["robot"], "fake-fr3", str(tmp_path))
+
+
+def test_silence_discards_a_trial_whatever_its_outcome_but_not_for_ever() -> None:
+    controller, operator = SimpleNamespace(states=["IDLE", "ACTIVE"], faults=[]), ScriptedOperator()
+    trials = SimpleNamespace(controller=controller, operator=operator, repeats={})
+
+    def mark(number: int, oracle: bool) -> str:
+        return RobotTrials.mark_by_oracle(trials, TrialRow("plan", ROBOT, number, oracle=oracle))
+
+    assert [mark(1, True), mark(1, False)] == ["success", "failure"]
+    controller.faults = ["no action chunk for 1 s; call controller/resume"]
+    assert [mark(1, True), mark(1, False), mark(1, True), mark(1, False)] == ["discard", "discard", "success", "failure"]
+    controller.faults, controller.states = ["8 steps in a row met a limit"], ["ACTIVE", "FAULT"]
+    assert mark(2, False) == "failure"
+    controller.states = ["ACTIVE", "DISCONNECTED", "IDLE"]
+    assert mark(2, False) == "discard" and "repeated" in operator.told[-1]
 
 
 @pytest.mark.timeout(600)

@@ -215,7 +215,9 @@ class SimulationTrials(GraphTrials):
         self.controller.fill(row)
         row.latency_ms = self.tap.latencies_ms()
         episode = self.client.episode_number
-        self.until(lambda: self.tap.has_frames(episode, result.steps), "every frame of the trial")
+        if not self.spin(lambda: self.tap.has_frames(episode, result.steps), self.client.timeout_s):
+            row.message += "; not every frame arrived, so the classifier did not judge"
+            return Seen([], [])
         recording = self.tap.recording(episode, result.steps)
         return Seen(recording.images[self.contract.images[0].name], recording.features)
 
@@ -471,9 +473,9 @@ class RobotTrials(GraphTrials):
         row.mark = self.mark
 
     def mark_by_oracle(self, row: TrialRow) -> str:
-        """What the oracle says, or, as an operator would, discard where the machine was too busy for the policy to be heard."""
+        """What the oracle says, or, whatever it says, discard where policy or robot fell silent: the machine was too busy then."""
         silent = "DISCONNECTED" in self.controller.states or any(reason.startswith(SILENCE) for reason in self.controller.faults)
-        if not silent or row.oracle or self.repeats.get(row.trial, 0) >= REPEATS:
+        if not silent or self.repeats.get(row.trial, 0) >= REPEATS:
             return SUCCESS if row.oracle else FAILURE
         self.repeats[row.trial] = self.repeats.get(row.trial, 0) + 1
         self.operator.tell(f"trial {row.trial} is discarded and repeated: policy or robot fell silent, and the arm was held")
