@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from diwa_core.cli.main import main
 from diwa_core.contract import Contract
@@ -24,6 +25,7 @@ from diwa_core.reward.windows import (
     collect_windows,
     embed_selected,
     load_labelled,
+    read_encoded,
     read_windows,
     select_windows,
     split_episodes,
@@ -183,6 +185,25 @@ def test_parts_share_no_frame_and_stores_give_by_their_length(store, tmp_path, s
     assert len(first) == 24 + 8 and seen[0].isdisjoint(seen[1])
     assert split_episodes([(0, 10), (10, 13), (20, 27)], 2) == [[(0, 10)], [(10, 13), (20, 27)]]
     assert split_episodes([(5, 16)], 3) == [[(5, 9)], [(9, 13)], [(13, 16)]]
+
+
+def test_play_that_is_encoded_already_gives_the_same_windows(store, tmp_path):
+    model = make_model(TINY, data=PlayData([store], TINY, 300))
+    play = PlayData([store], TINY)
+    play.embed(model)
+    path = tmp_path / "embeddings.safetensors"
+    save_file({"embeddings": play.embeddings}, path)
+    encoded = read_encoded(path, [store])
+    anew, kept = (collect_windows([model], [store], ["open_drawer"], 16, 0, encoded=given)[0] for given in (None, encoded))
+    for name in ("start", "filtered", "imagined"):
+        assert torch.allclose(getattr(anew, name), getattr(kept, name), atol=1e-4)
+    with pytest.raises(DataError, match="of another world model"):
+        collect_windows([model], [store], ["open_drawer"], 16, 0, encoded=[encoded[0] + 1])
+    with pytest.raises(DataError, match="give the stores the world model was trained on"):
+        read_encoded(path, [store, store])
+    path.write_bytes(b"torn")
+    with pytest.raises(DataError, match="expected the embeddings"):
+        read_encoded(path, [store])
 
 
 def test_rollouts_are_whole_episodes_of_their_skill(tmp_path, still_model):

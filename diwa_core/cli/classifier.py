@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--world-model", required=True, help="checkpoint")
     train.add_argument("--more-models", nargs="*", default=[], help="world models with the same codes; each imagines its share of windows")
     train.add_argument("--play", nargs="+", required=True, help="play stores to learn from")
+    train.add_argument("--encoded", help="embeddings.safetensors of the world model's run folder: spares encoding the play once more")
     train.add_argument("--demos", nargs="*", default=[], help="play stores of demonstrations to learn from as well")
     train.add_argument("--validation", nargs="+", required=True, help="held-out play stores: a half of each calibrates, the other measures")
     train.add_argument("--rollouts", nargs="*", default=[], help="stores of `diwa evaluate --record`: measured on, never learned from")
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace) -> int:
     from diwa_core.reward.quality import calibrate, measure_quality
     from diwa_core.reward.store import save_classifier
     from diwa_core.reward.train import check_successes, train_classifier
-    from diwa_core.reward.windows import Windows, collect_rollouts, collect_windows
+    from diwa_core.reward.windows import Windows, collect_rollouts, collect_windows, read_encoded
     from diwa_core.sim.skills import SKILLS, check_skill
     from diwa_core.world_model.filter import load_world_model
 
@@ -84,7 +85,8 @@ def train(args: argparse.Namespace) -> int:
         "code_version": __version__,
     }
     with stage_progress() as progress:
-        windows = collect_windows(models, stores["play"], skills, args.windows, args.seed)[0]
+        encoded = read_encoded(Path(args.encoded), stores["play"]) if args.encoded else None
+        windows = collect_windows(models, stores["play"], skills, args.windows, args.seed, encoded=encoded)[0]
         progress("windows", 0.6)
         if stores["demos"]:
             windows = Windows.join([windows, *collect_windows(models, stores["demos"], skills, args.windows // 4, args.seed)])

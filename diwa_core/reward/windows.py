@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diwa_core.data.sequences import SequenceIndex
@@ -25,6 +28,7 @@ from diwa_core.world_model.train import PlayData
 HORIZON = 72
 NEAR_MISS, CLOSE_MISS = 0.5, 0.7  # shares of the way to success from which a failure counts as near, and as close
 CHUNK = 256  # windows filtered at a time
+CHECKED = 64  # frames of which given embeddings are checked
 _CANDIDATES = 50_000  # window starts looked at in one store; more are thinned out evenly
 
 LabelSource = Callable[[PlayData, str, np.ndarray, np.ndarray], np.ndarray]
@@ -147,12 +151,19 @@ def _judge(
 
 
 def collect_windows(
-    models: list[WorldModel], stores: list[PlayStore], skills: list[str], count: int, seed: int, parts: int = 1
+    models: list[WorldModel],
+    stores: list[PlayStore],
+    skills: list[str],
+    count: int,
+    seed: int,
+    parts: int = 1,
+    encoded: list[Tensor] | None = None,
 ) -> list[Windows]:
     """`parts` sets of windows of the stores that share no frame; `count` of each set for each skill, from each store by its length.
 
-    models: the first one filters; each imagines an equal share of the windows. One store at a time is in memory. Raises DataError on
-    stores without labels, ConfigError on models that do not share their codes and on a count below 4.
+    models: the first one filters; each imagines an equal share of the windows. One store at a time is in memory. encoded: embeddings
+    [frames, E] of each store, as `read_encoded` gives them. Raises DataError on stores without labels and on embeddings of another model,
+    ConfigError on models that do not share their codes and on a count below 4.
     """
     if count < 4:
         raise ConfigError(f"windows of a skill: expected at least 4, to have some of each kind, found {count}.")
@@ -166,7 +177,7 @@ def collect_windows(
             data.episodes = episodes
             rng = np.random.default_rng([seed, number, part])
             selections.append(select_windows(data, skills, share, model.config.warmup_frames, rng))
-        embed_selected(model, data, store, selections)
+        embed_selected(model, data, store, selections, encoded[number] if encoded else None)
         for windows, selection in zip(found, selections, strict=True):
             windows.append(read_windows(models, data, selection, skills))
     return [Windows.join(windows) for windows in found]
@@ -211,14 +222,36 @@ def load_labelled(model: WorldModel, store: PlayStore) -> PlayData:
     return PlayData([store], config)
 
 
+def read_encoded(path: Path, stores: list[PlayStore]) -> list[Tensor]:
+    """Embeddings [frames, E] of each store, out of the file that the training of a world model keeps of its play.
+
+    Raises DataError when the file is none or holds another number of frames.
+    """
+    lengths = [len(store) for store in stores]
+    try:
+        found = load_file(path)["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{path}: expected the embeddings.safetensors of a world model's run folder: {error}") from error
+    if len(found) != sum(lengths):
+        raise DataError(f"{path}: holds {len(found)} frames, expected {sum(lengths)}: give the stores the world model was trained on.")
+    return list(found.split(lengths))
+
+
 @torch.no_grad()
-def embed_selected(model: WorldModel, data: PlayData, store: PlayStore, selections: list[Selection], chunk: int = 1024) -> None:
-    """Set `data.embeddings` of the selected frames, the others stay zero; nothing to do for models whose code is not frozen."""
+def embed_selected(
+    model: WorldModel, data: PlayData, store: PlayStore, selections: list[Selection], encoded: Tensor | None = None, chunk: int = 1024
+) -> None:
+    """Set `data.embeddings` of the selected frames, the others stay zero; nothing to do for models whose code is not frozen.
+
+    encoded: embeddings [frames, E] that are known already. The first selected frames are encoded again: DataError if they differ.
+    """
     if not model.config.frozen_embedding:
         return
     needed = np.zeros(len(data.low), bool)
     for selection in selections:
         needed[selection.frames] = True
+    if encoded is not None:
+        needed[np.flatnonzero(needed)[CHECKED:]] = False
     data.embeddings = torch.zeros(len(data.low), model.embedding_size, device=model.device)
     for start in range(0, len(needed), chunk):
         rows = np.flatnonzero(needed[start : start + chunk])
@@ -227,6 +260,11 @@ def embed_selected(model: WorldModel, data: PlayData, store: PlayStore, selectio
             tensors = {view: torch.from_numpy(image).to(model.device) for view, image in images.items()}
             where = torch.from_numpy(start + rows)
             data.embeddings[where.to(model.device)] = model.embed(data.low[where].to(model.device), tensors)
+    if encoded is not None:
+        fresh, kept = data.embeddings[torch.from_numpy(needed)], encoded[torch.from_numpy(needed)].to(model.device)
+        if not torch.allclose(fresh, kept, atol=0.02):
+            raise DataError(f"{store.path}: the given embeddings are of another world model; leave them out to encode the play anew.")
+        data.embeddings = encoded.to(model.device)
 
 
 @torch.no_grad()
