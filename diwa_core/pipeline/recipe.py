@@ -218,7 +218,12 @@ class Builder:
         command += ("--play", *at.play, *start, "--run-dir", run_dir, "--out", out)
         cores = 1 if start else 2  # the image codes of the two views train side by side
         inputs = (*at.play, *start[1:])
-        return self._make(at.stage(name), command, flags, inputs, (out,), keeps=(run_dir,), resumes=True, cores=cores, device=True)
+        outputs = (out, *self._encoded(at)) if out == at.world_model else (out,)
+        return self._make(at.stage(name), command, flags, inputs, outputs, keeps=(run_dir,), resumes=True, cores=cores, device=True)
+
+    def _encoded(self, at: Round) -> tuple[At, ...]:
+        """The play as the training of the first world model encoded it; not of end-to-end CNNs, which never stand still."""
+        return () if self.size == "paper" else (At("runs") / at.world_model / "embeddings.safetensors",)
 
     def policy(self, at: Round, seed: int, skill: str) -> Stage:
         """A base policy."""
@@ -249,7 +254,9 @@ class Builder:
         command = ("diwa", "classifier", "train", "--world-model", at.world_model, *self._more_models(at), "--skills", *self.skills)
         command += ("--play", *at.play, "--demos", DEMOS, "--validation", *self.validation_stores, "--rollouts", ROLLOUTS)
         command += ("--seed", str(seed), "--out", folder)
-        inputs = (at.world_model, *self.more_models(at), *at.play, DEMOS, *self.validation_stores, ROLLOUTS)
+        encoded = self._encoded(at)
+        command += ("--encoded", *encoded) if encoded else ()
+        inputs = (at.world_model, *encoded, *self.more_models(at), *at.play, DEMOS, *self.validation_stores, ROLLOUTS)
         outputs = tuple(folder / skill for skill in self.skills)
         return self._make(at.stage(f"classifiers/seed{seed}"), command, self.recipe.classifier, inputs, outputs, device=True)
 

@@ -165,7 +165,7 @@ class Pipeline:
         if not stamp["finished"] or absent:
             reason = "was cut off" if not stamp["finished"] else f"{absent[0]} is gone"
             return Decision(Action.RESUME if stage.resumes else Action.START, reason)
-        edited = [path for path, identity in found.items() if identity != stamp["outputs"][path]]
+        edited = [path for path, identity in found.items() if identity != stamp["outputs"].get(path, identity)]
         if edited:
             return Decision(Action.START, f"{edited[0]} was changed by something else")
         return Decision(Action.SKIP, "unchanged" + (", although its code was changed since" if changed_code else ""))
