@@ -35,6 +35,7 @@ VERBS = (
     Verb("card", "print the model card of a folder of checkpoints", "diwa_core.cli.card"),
     Verb("security", "write SROS 2 policies for a graph", "diwa_core.cli.security"),
     Verb("record", "record the running graph into a rosbag, or tell a running recorder what to do", "diwa_core.cli.record"),
+    Verb("robot", "state of the arm on the running graph; stop, resume, recover, home; run a skill once", "diwa_core.cli.robot"),
     Verb("up", "start the ROS 2 graph and stop it again on Ctrl-C", "diwa_core.cli.up"),
     Verb("swap", "exchange a policy on the running graph, let it shadow, undo that, or list what happened", "diwa_core.cli.swap"),
 )
