@@ -51,11 +51,15 @@ WIRE = {  # topic -> type, depth, the node that sends it
 Change = Callable[[object], list[object]]
 
 
-def make_fault_checkpoints(folder: Path) -> Path:
-    """A random world model and a policy that always moves ALONG, and the same one again to swap in."""
+def make_fault_checkpoints(folder: Path, change_scale: float = 1.0) -> Path:
+    """A random world model and a policy that always moves ALONG, and the same one again to swap in.
+
+    change_scale: how much the world model expects to change by itself; 1 drifts by more than pictures differ.
+    """
     contract = Contract()
     torch.manual_seed(0)
     model = WorldModel(SIZES["small"])
+    model.rssm.latent.change_scale.fill_(change_scale)
     world_model_id = save_world_model(folder / "world_model", model, contract, {})
     policy = train_constant(PolicyConfig(feature_size=model.feature_size, hidden=(64, 64, 64)), ALONG)
     for place in (folder / "policies" / SKILL, folder / "other"):

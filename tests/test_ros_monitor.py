@@ -233,7 +233,7 @@ def calibrate_on_motion(checkpoints, path):
     table.close()
     warm = torch.stack(residuals[20:]).double().numpy()
     deviations = np.sqrt(np.square(warm).mean(0)).clip(MIN_DEVIATION)
-    limits = 2 * group_errors(warm, groups, deviations).max(0).clip(0.5)
+    limits = 2 * group_errors(warm, groups, deviations).max(0).clip(0.1)
     Calibration(latent_filter.identity, HORIZONS, tuple(groups), to_tuples(deviations), to_tuples(limits), 3, 1.0).save(path)
     return path
 
@@ -255,8 +255,8 @@ class MonitoredRig(SimulationRig):
 
 
 def darken(message):
-    """A third of the light."""
-    message.data = array.array("B", (np.frombuffer(message.data, np.uint8) // 3).tobytes())
+    """An eighth of the light."""
+    message.data = array.array("B", (np.frombuffer(message.data, np.uint8) // 8).tobytes())
     return [message]
 
 
@@ -277,7 +277,7 @@ FAULTS = (
 @pytest.mark.timeout(600)
 def test_faults_in_the_running_graph_hold_the_arm_and_are_saved(tmp_path):
     """One fault of a camera and one of the dynamics; neither is seen by any other check."""
-    rig = MonitoredRig(make_fault_checkpoints(tmp_path / "checkpoints"), tmp_path)
+    rig = MonitoredRig(make_fault_checkpoints(tmp_path / "checkpoints", change_scale=1e-3), tmp_path)
     try:
         for fault in FAULTS:
             outcome = rig.run(fault)
