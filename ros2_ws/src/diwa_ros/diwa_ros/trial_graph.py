@@ -16,12 +16,16 @@ def trial_graph(checkpoint: str | Path, robot: str = "", real_time: bool = False
     """
     mode = "real_time" if robot or real_time else "lockstep"
     where = {"real": True, "robot": robot} if robot else {"sim": True}
+    contract = Path(checkpoint) / "world_model" / "contract.yaml"  # cameras and steps of the robot that it was trained for
+    if robot and contract.is_file():
+        where["contract"] = str(contract)
     processes = load_graph("deploy").resolve({**where, "mode": mode, "checkpoint": str(checkpoint), "commands_from": f"policy, {NODE}"})
     for process in processes:
         if process.name == "policy":
             process.parameters["probation_s"] = 0.0
     if bags:
-        processes += load_graph("record").resolve({"folder": bags, "record": False, "mode": mode})
+        recorded = {"contract": where["contract"]} if "contract" in where else {}
+        processes += load_graph("record").resolve({"folder": bags, "record": False, "mode": mode, **recorded})
     return processes
 
 
