@@ -38,7 +38,7 @@ from diwa_ros.graph import Process
 from diwa_ros.images import read_image_numpy
 from diwa_ros.messages import CAMERA, LATCHED, from_floats, from_pose, reliable, to_ns
 from diwa_ros.tap import GraphTap
-from diwa_ros.teleop_stream import OperatorStream
+from diwa_ros.teleop_stream import OPERATOR, OperatorStream
 from diwa_ros.up import GraphRunner
 
 SWAP_TRIES = 5  # a busy machine may miss the latency gate once
@@ -318,6 +318,7 @@ class RobotTrials(GraphTrials):
                 self.end_bag(bag, DISCARD)
             raise
         row.bag = self.end_bag(bag, "" if self.mark_in_bag else self.mark)
+        self.spin(lambda: self.controller.state == "IDLE", LAST_FRAME_S)  # its last counts come with it
         self.controller.fill(row)
         row.latency_ms, row.message = log.latency_ms, result.message
         row.steps = min(row.steps or result.steps, plan.max_steps)
@@ -541,7 +542,7 @@ class RobotTrials(GraphTrials):
         self._note("camera → latent", message, info)
 
     def _take_chunk(self, message: ActionChunk, info: dict) -> None:
-        if not self.log.begun or message.horizon == 0 or message.hold:
+        if not self.log.begun or message.horizon == 0 or message.hold or message.checkpoint_id == OPERATOR:
             return
         if self.log.first_ns is None:
             self.log.first_ns = to_ns(message.header.stamp)
