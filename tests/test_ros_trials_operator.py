@@ -133,7 +133,7 @@ class Robot(Node):
         """Warm up, then as many steps as asked for; the drawer opens after three of them."""
         warmup, steps = 4, 0
         self.say("ACTIVE")
-        for number in range(1, warmup + goal.request.max_steps + 1):
+        for number in range(1, warmup + goal.request.max_steps):
             if goal.is_cancel_requested:
                 break
             self.clock_ns += round(1e9 * self.contract.step_s)
