@@ -165,6 +165,15 @@ def test_a_store_is_continued_only_with_the_settings_it_was_begun_with(store):
         PlayStore.create_or_continue(store.path, Contract(), {"seed": 4, "noise": 1.0})
 
 
+def test_two_writers_of_one_store_do_not_append_the_same_episodes_twice(store):
+    first = PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
+    with pytest.raises(DataError, match="another process is writing this store"):
+        PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
+    assert len(PlayStore.open(store.path)) == len(first)  # reading is free
+    del first
+    PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
+
+
 def test_a_store_is_begun_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("diwa_core.data.store.os", None)  # ends as a kill before the last step does
     with pytest.raises(AttributeError):

@@ -8,10 +8,12 @@ FAILURE or UNMARKED; absent while nothing is marked).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,10 +102,11 @@ class PlayStore:
     def create_or_continue(path: str | Path, contract: Contract, settings: dict) -> PlayStore:
         """Make an empty store, or open one that was begun with the same contract and settings, to append what is missing.
 
-        Raises DataError if `path` holds anything else.
+        No other process may do so while this store lives: two would append the same episodes. Raises DataError if one does, or if `path`
+        holds anything else.
         """
         if not (Path(path) / "zarr.json").exists():
-            return PlayStore.create(path, contract, settings)
+            return PlayStore.create(path, contract, settings)._claim()
         store = PlayStore.open(path)
         difference = contract.difference(store.contract)
         for key in sorted(settings.keys() | store.settings.keys()):
@@ -112,7 +115,17 @@ class PlayStore:
                 difference = f"expected a store made with {key} = {wanted}, found {key} = {found}"
         if difference:
             raise DataError(f"{path}: {difference}. Ask for the same settings, choose another path, or remove this store.")
-        return store
+        return store._claim()
+
+    def _claim(self) -> PlayStore:
+        """This store, locked until it is no more."""
+        folder = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{self.path}: another process is writing this store. Wait for it, or choose another path.") from error
+        return self
 
     @staticmethod
     def open(path: str | Path) -> PlayStore:
