@@ -166,12 +166,12 @@ def test_a_store_is_continued_only_with_the_settings_it_was_begun_with(store):
 
 
 def test_two_writers_of_one_store_do_not_append_the_same_episodes_twice(store):
-    first = PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
-    with pytest.raises(DataError, match="another process is writing this store"):
-        PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
-    assert len(PlayStore.open(store.path)) == len(first)  # reading is free
-    del first
-    PlayStore.create_or_continue(store.path, Contract(), {"seed": 4})
+    with store.writing():
+        with pytest.raises(DataError, match="another process is writing this store"), PlayStore.open(store.path).writing():
+            pass
+        assert len(PlayStore.open(store.path)) == len(store)  # reading is free
+    with store.writing():
+        pass
 
 
 def test_a_store_is_begun_whole_or_not_at_all(tmp_path, monkeypatch):

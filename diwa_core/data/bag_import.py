@@ -31,6 +31,7 @@ from diwa_core.data.bag_format import DISCARD, Episode
 from diwa_core.data.bag_format import FAILURE as MARKED_FAILURE
 from diwa_core.data.bag_format import SUCCESS as MARKED_SUCCESS
 from diwa_core.data.bag_reader import BagReader
+from diwa_core.data.marks import is_motion
 from diwa_core.data.messages import SampleReader, list_sources, read_image, to_ns
 from diwa_core.data.store import FAILURE, FIELDS, SUCCESS, PlayStore
 from diwa_core.errors import ConfigError, ContractError, DataError, DiwaError
@@ -41,7 +42,6 @@ MARK_TOPIC, MARK_TYPE = "episode_mark", "diwa_interfaces/msg/EpisodeMark"
 SIM_TOPIC, SIM_TYPE = "sim/state", "diwa_interfaces/msg/SimState"
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 MARKS = {MARKED_SUCCESS: SUCCESS, MARKED_FAILURE: FAILURE}
-IDLE_ACTION = 1e-3  # of full speed: below it the arm was told to stay
 HOLE_S = 1.0  # a longer gap is a hole between two recordings, a shorter one is loss
 WAIT_FRAMES = 64  # how many frames may wait for the simulator's state of theirs
 
@@ -345,6 +345,8 @@ class EpisodeWriter:
             self.store.truncate(self.take_begin)
         elif take.outcome in MARKS and self.markable is not None:
             self.store.set_mark(self.markable, MARKS[take.outcome])
+            if take.skill and take.skill not in SKILLS:
+                self.audit.note(f"a mark '{take.outcome}' is of skill '{take.skill}', none of {', '.join(SKILLS)}: it teaches no classifier")
         elif take.outcome in MARKS:
             self.audit.note(f"a mark '{take.outcome}' has no episode that reaches it and was ignored")
         self.audit.takes.append(
@@ -377,8 +379,7 @@ class EpisodeWriter:
         gripper = float(aligned.frame.observation.robot_obs[14])
         self.take_frames += 1
         row = self._make_row(aligned, hold_action(gripper) if action is None else action)
-        moves = np.abs(row["actions"][:6]).max() > IDLE_ACTION or row["actions"][6] != gripper
-        if moves or not self.idle_frames:
+        if is_motion(row["actions"], gripper) or not self.idle_frames:
             for held in self.held:
                 self._write(held)
             self._begin_run()
@@ -424,9 +425,9 @@ class EpisodeWriter:
         return row
 
     def _skill_label(self) -> int:
-        """Without the simulator's truth only a success shows what the skill is: failed attempts get no label."""
+        """Of an attempt, if anything tells how it ended: a mark, or the simulator's truth. Otherwise it is play."""
         take = self.take
-        known = take is not None and take.skill in SKILLS and ("scene_obs" in self.store.fields or take.outcome == MARKED_SUCCESS)
+        known = take is not None and take.skill in SKILLS and ("scene_obs" in self.store.fields or take.outcome in MARKS)
         return SKILLS.index(take.skill) if known else -1
 
     # -- writing -----------------------------------------------------------------------------------------------------------------------
@@ -546,23 +547,24 @@ def import_bags(
     result = ImportReport(None)  # type: ignore[arg-type]
     contract, fields = _look_into(paths, contract, renamed, result)
     result.store = store = _open_store(Path(out), contract, settings, fields)
-    ledger = read_ledger(store.path)
-    store.truncate(sum(entry["episodes"] for entry in ledger))
-    wanted = _not_yet_imported([path for path in paths if str(path) not in result.refused], ledger, result)
-    parts = store.path / ".parts"
-    shutil.rmtree(parts, ignore_errors=True)
-    jobs = [(path, parts / str(number), contract, settings, renamed, fields) for number, path in enumerate(wanted)]
-    for number, (path, outcome) in enumerate(zip(wanted, _run(jobs, workers), strict=True), start=1):
-        if isinstance(outcome, str):
-            result.refused[str(path)] = outcome
-        else:
-            part = PlayStore.open(jobs[number - 1][1])
-            store.extend(part)
-            shutil.rmtree(part.path)
-            _append_ledger(store.path, outcome)
-            result.audits.append(outcome)
-        report("import", number / len(wanted))
-    shutil.rmtree(parts, ignore_errors=True)
+    with store.writing():
+        ledger = read_ledger(store.path)
+        store.truncate(sum(entry["episodes"] for entry in ledger))
+        wanted = _not_yet_imported([path for path in paths if str(path) not in result.refused], ledger, result)
+        parts = store.path / ".parts"
+        shutil.rmtree(parts, ignore_errors=True)
+        jobs = [(path, parts / str(number), contract, settings, renamed, fields) for number, path in enumerate(wanted)]
+        for number, (path, outcome) in enumerate(zip(wanted, _run(jobs, workers), strict=True), start=1):
+            if isinstance(outcome, str):
+                result.refused[str(path)] = outcome
+            else:
+                part = PlayStore.open(jobs[number - 1][1])
+                store.extend(part)
+                shutil.rmtree(part.path)
+                _append_ledger(store.path, outcome)
+                result.audits.append(outcome)
+            report("import", number / len(wanted))
+        shutil.rmtree(parts, ignore_errors=True)
     return result
 
 

@@ -65,9 +65,10 @@ def import_calvin(folder: str | Path, out: str | Path, report: Callable[[str, fl
     store = PlayStore.create_or_continue(out, calvin_contract(), settings)
     result = CalvinReport(store, notes=notes)
     total = settings["frames"]
-    for first, last in recordings[len(store.episodes) :]:
-        _append_recording(store, folder, first, last, labels, lambda: report("import", (len(store) + store.pending) / total))
-        store.end_episode()
+    with store.writing():
+        for first, last in recordings[len(store.episodes) :]:
+            _append_recording(store, folder, first, last, labels, lambda: report("import", (len(store) + store.pending) / total))
+            store.end_episode()
     result.labelled = int((store.load(("skill",))["skill"] >= 0).sum())
     return result
 

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,10 @@ class PlayStore:
     def create_or_continue(path: str | Path, contract: Contract, settings: dict) -> PlayStore:
         """Make an empty store, or open one that was begun with the same contract and settings, to append what is missing.
 
-        No other process may do so while this store lives: two would append the same episodes. Raises DataError if one does, or if `path`
-        holds anything else.
+        Raises DataError if `path` holds anything else.
         """
         if not (Path(path) / "zarr.json").exists():
-            return PlayStore.create(path, contract, settings)._claim()
+            return PlayStore.create(path, contract, settings)
         store = PlayStore.open(path)
         difference = contract.difference(store.contract)
         for key in sorted(settings.keys() | store.settings.keys()):
@@ -115,17 +115,19 @@ class PlayStore:
                 difference = f"expected a store made with {key} = {wanted}, found {key} = {found}"
         if difference:
             raise DataError(f"{path}: {difference}. Ask for the same settings, choose another path, or remove this store.")
-        return store._claim()
+        return store
 
-    def _claim(self) -> PlayStore:
-        """This store, locked until it is no more."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """For those who append what is missing: two at once would append the same. Raises DataError while another one does."""
         folder = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, folder)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            yield
+        except BlockingIOError as error:
             raise DataError(f"{self.path}: another process is writing this store. Wait for it, or choose another path.") from error
-        return self
+        finally:
+            os.close(folder)
 
     @staticmethod
     def open(path: str | Path) -> PlayStore:

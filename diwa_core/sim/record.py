@@ -48,12 +48,13 @@ def write_episodes(
     report(settings["generator"], share done). Raises DataError if `path` holds anything else, or more episodes than asked for.
     """
     store = PlayStore.create_or_continue(path, Contract(), settings)
-    done = len(store.episodes)
-    if done > len(jobs):
-        raise DataError(f"{path}: expected at most the {len(jobs)} episodes asked for, found {done}. Choose another path or remove it.")
-    for number, episode in enumerate(make_in_order(make, jobs[done:], workers), start=done + 1):
-        store.append_episode(episode)
-        report(settings["generator"], number / len(jobs))
+    with store.writing():
+        done = len(store.episodes)
+        if done > len(jobs):
+            raise DataError(f"{path}: expected at most the {len(jobs)} episodes asked for, found {done}. Choose another path or remove it.")
+        for number, episode in enumerate(make_in_order(make, jobs[done:], workers), start=done + 1):
+            store.append_episode(episode)
+            report(settings["generator"], number / len(jobs))
     return store
 
 
