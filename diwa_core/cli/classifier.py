@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--rollouts", nargs="*", default=[], help="stores of `diwa evaluate --record`: measured on, never learned from")
     train.add_argument("--out", required=True, help="folder; each skill becomes OUT/<skill>")
     train.add_argument("--skills", nargs="*", help="default: all; trained together they learn from each other's windows")
+    train.add_argument(
+        "--labels",
+        choices=("auto", "scene", "marks"),
+        default="auto",
+        help="what tells success: the simulated scene, or an operator's marks (default: the scene where a store has one, else marks)",
+    )
     train.add_argument("--windows", type=int, default=600, help="windows of play chosen for each skill")
     train.add_argument("--config", help="YAML with a 'classifier' mapping that overrides ClassifierConfig")
     train.add_argument("--seed", type=int, default=1)
@@ -80,18 +86,21 @@ def train(args: argparse.Namespace) -> int:
     lineage = {
         **{name: [store.content_hash for store in group] for name, group in stores.items() if name != "rollouts"},
         "world_models": [checkpoint.identity for _, checkpoint in loaded],
+        "labels": args.labels,
         "windows": args.windows,
         "seed": args.seed,
         "code_version": __version__,
     }
     with stage_progress() as progress:
         encoded = read_encoded(Path(args.encoded), stores["play"]) if args.encoded else None
-        windows = collect_windows(models, stores["play"], skills, args.windows, args.seed, encoded=encoded)[0]
+        windows = collect_windows(models, stores["play"], skills, args.windows, args.seed, encoded=encoded, labels=args.labels)[0]
         progress("windows", 0.6)
         if stores["demos"]:
-            windows = Windows.join([windows, *collect_windows(models, stores["demos"], skills, args.windows // 4, args.seed)])
-        calibration, held_out = collect_windows(models, stores["validation"], skills, VALIDATION_WINDOWS, args.seed, parts=2)
-        rollouts = collect_rollouts(models, stores["rollouts"], skills) if stores["rollouts"] else None
+            demos = collect_windows(models, stores["demos"], skills, args.windows // 4, args.seed, labels=args.labels)
+            windows = Windows.join([windows, *demos])
+        halves = collect_windows(models, stores["validation"], skills, VALIDATION_WINDOWS, args.seed, parts=2, labels=args.labels)
+        calibration, held_out = halves
+        rollouts = collect_rollouts(models, stores["rollouts"], skills, args.labels) if stores["rollouts"] else None
         progress("windows", 1.0)
         check_successes(windows, skills, "--play")
         check_successes(calibration, skills, "the first half of --validation")

@@ -75,8 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demonstrations(store, skill: int, count: int | None) -> list[dict]:
-    """The first `count` (None: all) episodes of a store of demonstrations labelled with skill number `skill`; -1: those without a label."""
+    """The first `count` (None: all) episodes of a store of demonstrations labelled with skill number `skill`; -1: those without a label.
+
+    Those that an operator marked as failures are none.
+    """
+    from diwa_core.data.store import FAILURE
+
     labels = store.load(("skill",))["skill"]
     fields = tuple(name for name in store.fields if name != "skill")
-    chosen = [(start, end) for start, end in store.episodes if labels[start:end].max() == skill][:count]
+    shown = [episode for episode, mark in zip(store.episodes, store.marks, strict=True) if mark != FAILURE or skill < 0]
+    chosen = [(start, end) for start, end in shown if labels[start:end].max() == skill][:count]
     return [{name: store.read(name, start, end) for name in fields} for start, end in chosen]

@@ -1,8 +1,8 @@
 """Successful attempts at skills, cut out of recorded stores into one store of demonstrations: starts, and examples to clone.
 
 `python -m diwa_core.data.attempts STORE... --out data/demos`. An attempt is a run of frames that are labelled with one skill. Where a
-store holds the simulated scene the skill's oracle says whether and when it succeeded. Without it the label itself does: the import of a bag
-labels an episode of a real robot only if the operator marked it as a success. Of episodes without any label, which is play, the beginnings
+store holds the simulated scene the skill's oracle says whether and when it succeeded. Without it the operator's mark does, and in a store
+without any mark the label itself. Of episodes without any label, which is play, and of attempts that an operator saw fail the beginnings
 come along: starts to learn on.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diwa_core.data.store import PlayStore
+from diwa_core.data.marks import marked_episodes
+from diwa_core.data.store import FAILURE, SUCCESS, UNMARKED, PlayStore
 from diwa_core.errors import DataError, DiwaError
 from diwa_core.sim.skills import SKILLS, skill_progress
 
@@ -33,6 +34,9 @@ def find_attempts(store: PlayStore) -> list[tuple[int, int, int]]:
         return []
     labels = store.load(("skill",))["skill"]
     scenes = store.load(("scene_obs",))["scene_obs"] if "scene_obs" in store.fields else None
+    if scenes is None and set(store.marks) - {UNMARKED}:
+        pieces = [(number, first, end) for first, end, number, mark in marked_episodes(store) if mark == SUCCESS]
+        return [piece for piece in pieces if SHORTEST_FRAMES <= piece[2] - piece[1] <= LONGEST_FRAMES]
     found = []
     for start, end in store.episodes:
         borders = start + np.flatnonzero(np.diff(labels[start:end], prepend=-1, append=-1))
@@ -47,10 +51,11 @@ def find_attempts(store: PlayStore) -> list[tuple[int, int, int]]:
 
 
 def find_beginnings(store: PlayStore) -> list[tuple[int, int, int]]:
-    """(NO_SKILL, first frame, exclusive end) of the beginning of every episode in which no frame has a label."""
+    """(NO_SKILL, first frame, exclusive end) of the beginning of every episode without a label on any frame, and of marked failures."""
+    failed = [mark == FAILURE and "scene_obs" not in store.fields for mark in store.marks]
     labels = store.load(("skill",))["skill"] if "skill" in store.fields else np.full(len(store), NO_SKILL, np.int8)
-    whole = [(start, end) for start, end in store.episodes if end - start >= SHORTEST_FRAMES and (labels[start:end] == NO_SKILL).all()]
-    return [(NO_SKILL, start, min(end, start + BEGINNING_FRAMES)) for start, end in whole]
+    episodes = [episode for episode, no in zip(store.episodes, failed, strict=True) if no or (labels[slice(*episode)] == NO_SKILL).all()]
+    return [(NO_SKILL, start, min(end, start + BEGINNING_FRAMES)) for start, end in episodes if end - start >= SHORTEST_FRAMES]
 
 
 def frames_to_success(skill: str, scenes: np.ndarray, length: int) -> int | None:
@@ -83,7 +88,8 @@ def gather_attempts(paths: list[str], out: str, most: int = 100) -> dict[str, in
         if counts[number] < most:
             counts[number] += 1
             episode = {name: store.read(name, first, end) for name in fields}
-            gathered.append_episode({**episode, "skill": np.full(end - first, number, np.int8)})
+            mark = UNMARKED if number == NO_SKILL else SUCCESS
+            gathered.append_episode({**episode, "skill": np.full(end - first, number, np.int8)}, mark)
     found = {skill: counts[number] for number, skill in enumerate(SKILLS) if counts[number]}
     if not found:
         shutil.rmtree(temporary)

@@ -346,7 +346,7 @@ class EpisodeWriter:
         elif take.outcome in MARKS and self.markable is not None:
             self.store.set_mark(self.markable, MARKS[take.outcome])
             if take.skill and take.skill not in SKILLS:
-                self.audit.note(f"a mark '{take.outcome}' is of skill '{take.skill}', none of {', '.join(SKILLS)}: it teaches no classifier")
+                self.audit.note(f"a mark '{take.outcome}' names the skill '{take.skill}', none of {', '.join(SKILLS)}: it has no label")
         elif take.outcome in MARKS:
             self.audit.note(f"a mark '{take.outcome}' has no episode that reaches it and was ignored")
         self.audit.takes.append(

@@ -51,11 +51,12 @@ def check_successes(windows: Windows, skills: list[str], where: str) -> None:
 
 def trusted_frames(windows: Windows, skill: str, config: ClassifierConfig, teacher: SuccessClassifier | None) -> Tensor:
     """Imagined frames [B, T] that are taught with the label of what really happened (see ClassifierConfig.consistency)."""
-    success, keep = windows.success(skill), windows.valid.clone()
+    success, keep, told = windows.success(skill), windows.known(skill), ~windows.progress[skill].isnan()
     keep[:, config.imagined_frames :] = False
     if config.settle_frames:
         done = windows.progress[skill] > 1  # not `success`: the end of an episode is no change
-        changed = F.pad((done[:, 1:] != done[:, :-1]).float(), (config.settle_frames, config.settle_frames))
+        changed = (done[:, 1:] != done[:, :-1]) & told[:, 1:] & told[:, :-1]  # what is not told is left out as it is
+        changed = F.pad(changed.float(), (config.settle_frames, config.settle_frames))
         keep &= F.max_pool1d(changed[:, None], 2 * config.settle_frames, stride=1)[:, 0] == 0
     if teacher is not None:
         dreamt = teacher.judge(windows.imagined, windows.start) > 0
@@ -64,7 +65,7 @@ def trusted_frames(windows: Windows, skill: str, config: ClassifierConfig, teach
 
 
 def _fit(windows: Windows, skill: str, config: ClassifierConfig, imagined: Tensor, report: Callable[[float], None]) -> SuccessClassifier:
-    """Train on all filtered frames and on the `imagined` [B, T] ones."""
+    """Train on all filtered frames that have a label and on the `imagined` [B, T] ones."""
     device, time = windows.start.device, windows.valid.shape[1]
     classifier = SuccessClassifier(config).to(device).train()
     filtered = windows.filtered.flatten(0, 1)
@@ -91,7 +92,7 @@ def _pools(windows: Windows, skill: str, imagined: Tensor, margin: float) -> tup
     success, own = windows.success(skill), (windows.skill == SKILLS.index(skill))[:, None]
     close = (windows.progress[skill] - 1).abs() < CLOSE  # few frames, and those that tell exactly where the line is
     seen, dreamt = windows.filtered.flatten(0, 1), windows.imagined.flatten(0, 1)
-    kinds = [(seen, windows.valid & use) for use in (close, ~close & own, ~close & ~own)]
+    kinds = [(seen, windows.known(skill) & use) for use in (close, ~close & own, ~close & ~own)]
     kinds += [(dreamt, imagined & use) for use in (own, ~own)]
     pools = []
     for wanted in (~success, windows.success(skill, margin)):

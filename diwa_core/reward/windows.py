@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diwa_core.data.marks import marked_frames
 from diwa_core.data.sequences import SequenceIndex
-from diwa_core.data.store import PlayStore
+from diwa_core.data.store import UNMARKED, PlayStore
 from diwa_core.errors import ConfigError, DataError
 from diwa_core.evaluate.rollout import AFTER_SUCCESS
 from diwa_core.sim.skills import SKILLS, skill_progress
@@ -37,11 +38,40 @@ LabelSource = Callable[[PlayData, str, np.ndarray, np.ndarray], np.ndarray]
 def oracle_progress(data: PlayData, skill: str, start: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """Share of the way to success [B, T] at `frames` [B, T] of episodes that begin at frames `start` [B]; above 1 is success.
 
-    This LabelSource asks the simulator's scene. It is the only place where labels come from: one that reads an operator's marks would
-    answer 0 before the mark and 2 from it on.
+    This LabelSource asks the simulator's scene, `marked_progress` an operator's marks; NaN where a source does not know.
     """
     scene = data.labels["scene_obs"]
     return skill_progress(skill, scene[start][:, None], scene[frames])
+
+
+def marked_progress(data: PlayData, skill: str, start: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """As `oracle_progress`, by the labels `skill` and `marked` of `load_labelled`: 2 where an operator saw that the attempt had succeeded,
+    0 where it had not, or had before `start`. An attempt at another skill is none at this one: 0. Without a mark NaN.
+    """
+    attempted, before = data.labels["skill"][frames], data.labels["marked"][start][:, None]
+    own = np.where(before == 0, 2 * data.labels["marked"][frames], 0 * before)
+    return np.where(attempted == SKILLS.index(skill), own, np.where(attempted < 0, np.nan, 0.0))
+
+
+LABELS = {"scene": oracle_progress, "marks": marked_progress}
+
+
+def label_source(store: PlayStore, labels: str = "auto") -> LabelSource:
+    """What tells success in a store: `labels`, one of LABELS, or `auto`: the simulated scene where there is one, else an operator's marks.
+
+    Raises DataError when the store has none.
+    """
+    scene = {"scene_obs", "skill"} <= set(store.fields)
+    marks = "skill" in store.fields and bool(set(store.marks) - {UNMARKED})
+    if labels == "auto":
+        labels = "marks" if marks and not scene else "scene"
+    if not {"scene": scene, "marks": marks}[labels]:
+        raise DataError(
+            f"{store.path}: expected the labels scene_obs and skill, or attempts that an operator marked, to tell success by; found "
+            f"{[name for name in ('scene_obs', 'skill') if name in store.fields]} and {'marks' if marks else 'no marks'} "
+            f"(--labels {labels}). Record with --skill NAME and mark each attempt; of older demonstrations gather the attempts again."
+        )
+    return LABELS[labels]
 
 
 @dataclass
@@ -58,8 +88,8 @@ class Selection:
 class Windows:
     """Read-outs: start [B, R] at the end of the warm-up, filtered and imagined [B, T, R] after it, of which valid [B, T] exist.
 
-    progress: skill -> float [B, T] as a LabelSource gives it; skill [B]: number of the skill a window was chosen for; frame [B]: where it
-    begins in the play.
+    progress: skill -> float [B, T] as a LabelSource gives it, NaN where nobody knows; skill [B]: number of the skill a window was chosen
+    for; frame [B]: where it begins in the play.
     """
 
     start: Tensor
@@ -73,15 +103,22 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
+    def known(self, skill: str) -> Tensor:
+        """Frames that exist and of which is known whether `skill` has succeeded, bool [B, T]."""
+        return self.valid & ~self.progress[skill].isnan()
+
     def success(self, skill: str, margin: float = 0.0) -> Tensor:
         """Whether `skill` has succeeded, and by a share of more than `margin`, at each frame, bool [B, T]."""
         return (self.progress[skill] > 1 + margin) & self.valid
 
     def episodes_of(self, skill: str) -> Windows:
-        """Those chosen for `skill`, each ending AFTER_SUCCESS frames after its first success, as a policy's episodes do."""
-        rows = self.skill == SKILLS.index(skill)
+        """Those chosen for `skill`, each ending AFTER_SUCCESS frames after its first success, as a policy's episodes do.
+
+        Frames of which nothing is known are no part of them.
+        """
+        rows = (self.skill == SKILLS.index(skill)) & self.known(skill).any(1)
         since = self.success(skill)[rows].int().cummax(1).values.cumsum(1)
-        valid = self.valid[rows] & (since <= AFTER_SUCCESS + 1)
+        valid = self.known(skill)[rows] & (since <= AFTER_SUCCESS + 1)
         progress = {name: values[rows] for name, values in self.progress.items()}
         names = ("start", "filtered", "imagined")
         return Windows(*(getattr(self, name)[rows] for name in names), valid, progress, self.skill[rows], self.frame[rows])
@@ -101,7 +138,7 @@ def select_windows(
     data: PlayData, skills: list[str], count: int, warmup: int, rng: np.random.Generator, label: LabelSource = oracle_progress
 ) -> Selection:
     """Up to `count` windows for each skill: half with a success, a quarter near misses and failed attempts (half of them close, if there
-    are so many), a quarter anything else.
+    are so many), a quarter anything else. Windows of which `label` knows nothing are never chosen.
 
     Raises DataError when no episode is longer than the warm-up.
     """
@@ -115,9 +152,10 @@ def select_windows(
     for skill in skills:
         best, near = _judge(data, skill, frames, valid, warmup, label)
         success, close = best > 1, (best > CLOSE_MISS) & (best <= 1)
-        kinds = [(success, count // 2), (~near & ~success, count - count // 2 - count // 4), (close, count // 8)]
+        known = best > -np.inf
+        kinds = [(success, count // 2), (~near & ~success & known, count - count // 2 - count // 4), (close, count // 8)]
         picked = [rng.permutation(np.flatnonzero(kind))[:wanted] for kind, wanted in kinds]
-        others = np.setdiff1d(np.flatnonzero(near & ~success), picked[-1])
+        others = np.setdiff1d(np.flatnonzero(near & ~success & known), picked[-1])
         picked = np.concatenate([*picked, rng.permutation(others)[: count // 4 - len(picked[-1])]])
         rows.append(picked)
         chosen.append(np.full(len(picked), SKILLS.index(skill)))
@@ -140,12 +178,13 @@ def _lay_windows(starts: np.ndarray, end: int, length: int) -> tuple[np.ndarray,
 def _judge(
     data: PlayData, skill: str, frames: np.ndarray, valid: np.ndarray, warmup: int, label: LabelSource, chunk: int = 2048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far each window [B] comes on the way to success, and which come near one or attempt the skill; in pieces, because labels of all
-    are gigabytes."""
+    """How far each window [B] comes on the way to success (-inf: nobody knows), and which come near one or attempt the skill; in pieces,
+    because labels of all are gigabytes."""
     best, near = [], []
     for part in range(0, len(frames), chunk):
         start, later = frames[part : part + chunk, warmup - 1], frames[part : part + chunk, warmup:]
-        best.append(np.where(valid[part : part + chunk, warmup:], label(data, skill, start, later), -np.inf).max(1))
+        progress = label(data, skill, start, later)
+        best.append(np.where(valid[part : part + chunk, warmup:] & ~np.isnan(progress), progress, -np.inf).max(1))
         near.append((best[-1] > NEAR_MISS) | (data.labels["skill"][later] == SKILLS.index(skill)).any(1))
     return np.concatenate(best), np.concatenate(near)
 
@@ -158,40 +197,43 @@ def collect_windows(
     seed: int,
     parts: int = 1,
     encoded: list[Tensor] | None = None,
+    labels: str = "auto",
 ) -> list[Windows]:
     """`parts` sets of windows of the stores that share no frame; `count` of each set for each skill, from each store by its length.
 
     models: the first one filters; each imagines an equal share of the windows. One store at a time is in memory. encoded: embeddings
-    [frames, E] of each store, as `read_encoded` gives them. Raises DataError on stores without labels and on embeddings of another model,
-    ConfigError on models that do not share their codes and on a count below 4.
+    [frames, E] of each store, as `read_encoded` gives them. labels: for `label_source`. Raises DataError on stores without labels and on
+    embeddings of another model, ConfigError on models that do not share their codes and on a count below 4.
     """
     if count < 4:
         raise ConfigError(f"windows of a skill: expected at least 4, to have some of each kind, found {count}.")
     check_shared_codes(models)
     model, found = models[0], [[] for _ in range(parts)]
     for number, store in enumerate(stores):
-        data = load_labelled(model, store)
+        label = label_source(store, labels)
+        data = load_labelled(model, store, label)
         share = -(-count * len(store) // sum(map(len, stores)))
         selections = []
         for part, episodes in enumerate(split_episodes(data.episodes, parts)):
             data.episodes = episodes
             rng = np.random.default_rng([seed, number, part])
-            selections.append(select_windows(data, skills, share, model.config.warmup_frames, rng))
+            selections.append(select_windows(data, skills, share, model.config.warmup_frames, rng, label))
         embed_selected(model, data, store, selections, encoded[number] if encoded else None)
         for windows, selection in zip(found, selections, strict=True):
-            windows.append(read_windows(models, data, selection, skills))
+            windows.append(read_windows(models, data, selection, skills, label))
     return [Windows.join(windows) for windows in found]
 
 
-def collect_rollouts(models: list[WorldModel], stores: list[PlayStore], skills: list[str]) -> Windows:
+def collect_rollouts(models: list[WorldModel], stores: list[PlayStore], skills: list[str], labels: str = "auto") -> Windows:
     """Whole recorded episodes of a policy, as windows; raises as `collect_windows`."""
     length = max((end - start for store in stores for start, end in store.episodes), default=0)
     found = []
     for store in stores:
-        data = load_labelled(models[0], store)
+        label = label_source(store, labels)
+        data = load_labelled(models[0], store, label)
         selection = select_episodes(data, length, models[0].config.warmup_frames)
         embed_selected(models[0], data, store, [selection])
-        found.append(read_windows(models, data, selection, skills))
+        found.append(read_windows(models, data, selection, skills, label))
     return Windows.join(found)
 
 
@@ -208,18 +250,20 @@ def split_episodes(episodes: list[tuple[int, int]], parts: int) -> list[list[tup
     return lists
 
 
-def load_labelled(model: WorldModel, store: PlayStore) -> PlayData:
-    """A store with its labels, and without images if the model's code is frozen: `embed_selected` reads those that are needed.
+def load_labelled(model: WorldModel, store: PlayStore, label: LabelSource | None = None) -> PlayData:
+    """A store with the labels that `label` asks for, and without images if the model's code is frozen: `embed_selected` reads those that
+    are needed. Of an operator's marks only the attempts that were marked are its episodes: of play without a mark nothing is known.
 
-    Raises DataError when the store has no labels.
+    label: None for `label_source`'s. Raises DataError when the store has no labels.
     """
-    missing = [name for name in ("scene_obs", "skill") if name not in store.fields]
-    if missing:
-        raise DataError(f"{store.path}: expected the labels scene_obs and skill, that tell success; {missing} is not there. Record them.")
+    label = label or label_source(store)
     config = model.config
     if config.frozen_embedding:
         config = replace(config, views=(), code_sizes=())  # the images of 240,000 frames are 6 GB
-    return PlayData([store], config)
+    data = PlayData([store], config)
+    if label is marked_progress:
+        data.labels["skill"], data.labels["marked"], data.episodes = marked_frames(store)
+    return data
 
 
 def read_encoded(path: Path, stores: list[PlayStore]) -> list[Tensor]:
