@@ -74,7 +74,7 @@ class Weights:
         first = model.rssm.initial(STARTS)
         starts = State(first.h.contiguous(), first.z.contiguous())
         dream = Dream([model], classifier, [starts], config.batch, config.chunks, autocast=self.autocast)
-        return DenoisingPPO(self.policy.to(device), dream, config)
+        return DenoisingPPO(self.policy.to(device), dream, config, autocast=self.autocast)
 
 
 def synchronise(device: str) -> None:
@@ -113,7 +113,8 @@ def steps_per_s(learner: DenoisingPPO, device: str, least_s: float) -> tuple[flo
     horizon = learner.policy.config.horizon
 
     def act() -> None:
-        chain = learner.policy.sample_chain(learner.feature, learner.generator, std_floor=config.std_floor)
+        with learner.precision():
+            chain = learner.policy.sample_chain(learner.feature, learner.generator, std_floor=config.std_floor)
         learner.feature = learner.env.step(chain.actions).feature
 
     act()
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints"), help="folder with world_model/, policies/ and classifiers/")
     parser.add_argument("--size", choices=tuple(SIZES), help="random weights of a named size instead")
     parser.add_argument("--hidden", type=int, default=256, help="width of a random policy (the paper: 512)")
-    parser.add_argument("--autocast", action="store_true", help="dream in bfloat16")
+    parser.add_argument("--autocast", action="store_true", help="dream and learn in bfloat16")
     parser.add_argument("--skill", default="open_drawer")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per measurement")
     options = parser.parse_args()
@@ -189,7 +190,7 @@ def main() -> None:
     console = Console(width=110)
     folder = None if options.size else options.checkpoint
     weights = Weights(folder, options.size or "small", options.skill, options.hidden, options.autocast)
-    precision = "dreams in bfloat16, all else in float32" if options.autocast else "float32"
+    precision = "bfloat16" if options.autocast else "float32"
     console.print("\n".join(weights.notes), weights.model, f"policy {weights.policy.config.hidden}", sep="\n")
     console.print(f"{options.threads} of {os.cpu_count()} cores, load average before the start {os.getloadavg()[0]:.1f}; {precision}")
     for device in options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

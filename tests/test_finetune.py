@@ -149,3 +149,18 @@ def test_denoising_ppo_improves_a_policy_and_leaves_the_base_alone():
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     base = {name: value for name, value in learner.policy.state_dict().items() if name.startswith("base.")}
     assert all(torch.equal(before[name], value) for name, value in base.items())
+
+
+def test_learning_in_bfloat16_begins_at_a_ratio_of_one_and_learns():
+    torch.manual_seed(0)
+    policy = (
+        DiffusionPolicy(PolicyConfig(feature_size=3, hidden=(64, 64, 64), denoising_steps=5, sampler_steps=5)).eval().requires_grad_(False)
+    )
+    config = PPOConfig(batch=128, chunks=4, finetuned_steps=3, epochs=4, minibatch=128, actor_rate=1e-3, bc_scale=0.0, critic_warmup=1)
+    learner = DenoisingPPO(policy, LineWorld(128), config, autocast=True)
+    rollout, _ = learner.collect()
+    features, chains, old = rollout.features.flatten(0, 1), rollout.chains.flatten(0, 1), rollout.log_probs.flatten(0, 1)
+    assert chains.dtype == old.dtype == torch.float32
+    assert (learner._log_prob(features, chains) - old).abs().max() < 0.3 * config.clip_first
+    history = [learner.iterate()["success"] for _ in range(30)]
+    assert np.mean(history[-3:]) > np.mean(history[:3]) + 0.1

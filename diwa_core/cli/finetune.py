@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="dreams in parallel")
     parser.add_argument("--judge-episodes", type=int, help="dreams that judge a candidate")
     parser.add_argument("--report-episodes", type=int, help="fresh dreams that measure the base policy and the chosen candidate")
-    parser.add_argument("--autocast", action="store_true", help="dreams to learn in run in bfloat16: faster on a GPU; judging does not")
+    parser.add_argument("--autocast", action="store_true", help="learn in bfloat16, policy and dreams: faster; judging does not")
     parser.add_argument(
         "--keep-candidates", action="store_true", help="keep every judged candidate in RUN_DIR/candidates, for `diwa evaluate --candidates`"
     )

@@ -39,7 +39,7 @@ POSSIBLE = 0.1  # mean probability of a success in another scene, that of a demo
 class FinetuneConfig:
     """`judge_every`: iterations between two candidates; `judge_episodes`: dreams that judge a candidate.
 
-    autocast: dreams to learn in run in bfloat16; judging stays in float32, as deployment.
+    autocast: learning, policy and dreams, runs in bfloat16; judging stays in float32, as deployment.
     """
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -144,7 +144,8 @@ def finetune(
     """
     run_dir = Path(run_dir)
     guard_run(run_dir, asdict(config) | {"made_from": made_from or {}})
-    learner = DenoisingPPO(policy, imagination.dream(config.ppo.batch, config.seed, config.autocast), config.ppo, config.seed)
+    dream = imagination.dream(config.ppo.batch, config.seed, config.autocast)
+    learner = DenoisingPPO(policy, dream, config.ppo, config.seed, config.autocast)
     state_path = run_dir / "learner.tar"
     choice = _Choice(policy, learner, imagination, config)
     if state_path.exists():
