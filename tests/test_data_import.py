@@ -112,7 +112,7 @@ def test_recorders_own_entries_give_contract_and_takes(tmp_path):
     assert [take["bad"] for take in audit.takes] == ["", "marked to be discarded", "", "lost 9 % of rgb_static", ""]
     skills = store.load(("skill",))["skill"]
     assert set(skills[:20]) == {SKILLS.index("open_drawer")}
-    assert set(skills[20:]) == {-1}, "without the simulator's truth a failed attempt does not show its skill"
+    assert set(skills[20:40]) == {SKILLS.index("turn_on_led")} and set(skills[40:]) == {-1}, "what nobody judged is play"
     assert store.marks == PlayStore.open(store.path).marks and audit.kept == len(store) == 50
 
 
