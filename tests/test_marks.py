@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from bag_support import FakeBag, frame_image
+from bag_support import FakeBag
 from test_reward import TINY, make_model
 
 from diwa_core.cli.finetune import start_banks
@@ -38,9 +38,10 @@ def record(path: Path, takes: list[tuple[str, str]], play: int = 0) -> Path:
     """
 
     def picture(n: int, size: int) -> np.ndarray:
-        image, (take, tick) = frame_image(n, size), divmod(n - play, TAKE)
+        image, (take, tick) = np.full((size, size, 3), 60, np.uint8), divmod(n - play, TAKE)
+        image[n % size, 0] = 250
         if 0 <= take < len(takes) and takes[take][0] == "success" and tick >= TAKE - REST - 15:
-            image[:, : size // 2] = 250 - image[:, : size // 2]
+            image[:, size // 2 :] = 250
         return image
 
     def moves(n: int) -> bool:  # the action into tick n
@@ -156,7 +157,7 @@ def cell(tmp_path_factory) -> Path:
     import_marked(folder / "play", takes[:3] * 2 + takes[3:], play=40)
     import_marked(folder / "held_out", takes[:2] * 2 + takes[3:])
     save_world_model(folder / "wm", make_model(TINY), Contract(), {})
-    (folder / "quick.yaml").write_text(yaml.safe_dump({"classifier": {"updates": 60, "teacher_updates": 30, "batch": 64, "hidden": 32}}))
+    (folder / "quick.yaml").write_text(yaml.safe_dump({"classifier": {"updates": 150, "teacher_updates": 80, "batch": 128, "hidden": 64}}))
     return folder
 
 
