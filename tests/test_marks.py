@@ -17,6 +17,7 @@ from diwa_core.contract import Contract
 from diwa_core.data.attempts import find_attempts, find_beginnings, gather_attempts
 from diwa_core.data.bag_import import ImportSettings, import_bags
 from diwa_core.data.marks import is_motion, marked_episodes, marked_frames
+from diwa_core.data.sequences import WindowSampler
 from diwa_core.data.store import FAILURE, FIELDS, SUCCESS, UNMARKED, PlayStore
 from diwa_core.errors import DataError
 from diwa_core.reward.classifier import ClassifierConfig
@@ -24,6 +25,7 @@ from diwa_core.reward.store import load_classifier
 from diwa_core.reward.train import _pools, trusted_frames
 from diwa_core.reward.windows import collect_windows, label_source, load_labelled, marked_progress, oracle_progress
 from diwa_core.sim.skills import SKILLS
+from diwa_core.world_model import report
 from diwa_core.world_model.filter import load_world_model, save_world_model
 
 OPEN, LED = SKILLS.index("open_drawer"), SKILLS.index("turn_on_led")
@@ -52,9 +54,9 @@ def record(path: Path, takes: list[tuple[str, str]], play: int = 0) -> Path:
 
 
 def import_marked(path: Path, takes: list[tuple[str, str]], play: int = 0) -> PlayStore:
-    report = import_bags([record(path / "bag", takes, play)], path / "store", settings=ImportSettings(frozen_motion_m=0.0))
-    assert not report.refused
-    return report.store
+    imported = import_bags([record(path / "bag", takes, play)], path / "store", settings=ImportSettings(frozen_motion_m=0.0))
+    assert not imported.refused
+    return imported.store
 
 
 def make_store(path: Path, attempts: list[tuple[int, int, str]], fields: tuple[str, ...] = PLAIN_FIELDS) -> PlayStore:
@@ -228,3 +230,16 @@ def test_failed_attempts_are_starts_and_no_demonstrations(tmp_path):
     demos = PlayStore.open(tmp_path / "demos")
     assert demos.marks == [SUCCESS, UNMARKED, UNMARKED] and find_attempts(demos) == [(OPEN, 0, 60)]
     assert [len(demonstrations(store, number, None)) for number in (OPEN, -1)] == [2, 1]
+
+
+def test_the_report_of_a_world_model_does_without_the_scene(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "WindowSampler", lambda episodes, windows, *rest: WindowSampler(episodes, 4, *rest))  # windows cost time
+    arrays = {name: np.zeros((90, *FIELDS[name].shape), FIELDS[name].dtype) for name in PLAIN_FIELDS}
+    store = PlayStore.create(tmp_path / "play", Contract(), {}, PLAIN_FIELDS)
+    store.append_episode(arrays)
+    save_world_model(tmp_path / "wm", make_model(TINY), Contract(), {})
+    words = ["world-model", "report", "--checkpoint", tmp_path / "wm", "--play", store.path, "--validation", store.path]
+    assert main([*map(str, words), "--out", str(tmp_path / "out")]) == 0
+    assert "no simulated scene: pictures only" in capsys.readouterr().out and (tmp_path / "out" / "open_loop_rgb_static.png").exists()
+    assert main([*map(str, words), "--out", str(tmp_path / "more"), "--rollouts", str(store.path)]) == 2
+    assert "expected the simulator's labels scene_obs and skill" in capsys.readouterr().err
