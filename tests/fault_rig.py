@@ -198,8 +198,9 @@ class SimulationRig:
         return node.create_publisher(ActionChunk, "action_chunk", reliable(5))
 
     def flood(self) -> None:
-        """Another process that publishes chunks as fast as it can."""
+        """Another process that publishes chunks as fast as it can; returns once it does."""
         self.extra.append(subprocess.Popen([sys.executable, __file__], start_new_session=True))
+        self.probe.until(lambda: self.probe.node.count_publishers("action_chunk") > 1, PATIENCE_S)
 
     def load_other(self) -> LoadPolicy.Response:
         """Swap another checkpoint of the running skill in."""

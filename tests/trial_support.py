@@ -38,7 +38,9 @@ def make_candidates(folder: Path, names: Sequence[str] = ("policies", "tuned"), 
         for name in names:
             lineage = {"base": base} if base else {}
             card = {"imagined_before": 0.2, "imagined_after": 0.7} if base else {}
-            base = save_policy(folder / name / skill, DiffusionPolicy(config), contract, skill, identity, lineage, card)
+            policy = DiffusionPolicy(config)
+            policy.feature_std.fill_(100.0)  # random weights have no place where their latents should lie
+            base = save_policy(folder / name / skill, policy, contract, skill, identity, lineage, card)
     return folder
 
 
