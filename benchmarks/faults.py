@@ -39,9 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fault", action="append", choices=[fault.name for fault in FAULTS], help="only this one; may be repeated")
     parser.add_argument("--backend", action="append", choices=list(RIGS), help="only this one (default: all)")
-    parser.add_argument(
-        "--attempts", type=int, default=1, help="to bring the arm to motion, on a busy machine"
-    )
+    parser.add_argument("--attempts", type=int, default=1, help="to bring the arm to motion, on a busy machine")
     parser.add_argument("--markdown", action="store_true", help="print the table as it is in docs/safety.md")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
