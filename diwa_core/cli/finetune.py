@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
     policy, base = load_policy(args.policy, world_model_id=world.identity)
     skill = base.config["skill"]
     classifier, judge = load_classifier(args.classifier, world_model_id=world.identity, skill=skill)
+    classifier = classifier.to(args.device)
     if args.threshold is not None:
         classifier.threshold.fill_(args.threshold)
     starts, judge_starts = start_banks(models, classifier, args, skill, base.lineage["episodes"] if args.learn is None else args.learn)
     judges = args.judges or [i for i in range(len(models)) if i not in args.drivers] or args.drivers
-    imagination = Imagination(
-        models, classifier.to(args.device), starts, judge_starts, tuple(args.drivers), tuple(judges), args.misplaced_mm / 1000
-    )
+    misplaced_m = args.misplaced_mm / 1000
+    imagination = Imagination(models, classifier, starts, judge_starts, tuple(args.drivers), tuple(judges), misplaced_m)
 
     def given(*names: str) -> dict:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from diwa_core.errors import ConfigError, SetupError
+from diwa_core.cli.running_graph import find_running_graph
+from diwa_core.errors import ConfigError
 
 TOLD = ("enable", "stop", "resume", "recover", "home")
 
@@ -23,13 +23,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 when it was done, 1 when the run ended before its steps; a refusal is a GateError."""
     if (args.action == "run") != bool(args.skill):
         raise ConfigError(f"diwa robot {args.action}: expected a skill with run, and with run alone; found '{args.skill}'.")
-    try:
-        from diwa_ros.graph import load_graph
-        from diwa_ros.robot_client import open_client
-    except ImportError as error:
-        raise SetupError(f"the ROS nodes are not installed ({error}). Mend: make setup, or source the workspace.") from error
-    for process in load_graph("deploy").resolve():
-        os.environ.update(process.extra_environment)  # find the graph where `diwa up` puts it
+    find_running_graph()
+    from diwa_ros.robot_client import open_client
+
     with open_client(args.timeout) as client:
         if args.action == "run":
             result = client.run_skill(args.skill, args.max_steps)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from diwa_core.errors import ConfigError, SetupError
+from diwa_core.cli.running_graph import find_running_graph
+from diwa_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from diwa_interfaces.msg import SwapEvent
@@ -40,13 +40,9 @@ def run(args: argparse.Namespace) -> int:
     without_checkpoint = args.end_shadow or args.rollback or args.history
     if without_checkpoint == (args.checkpoint is not None):
         raise ConfigError("diwa swap: expected either a checkpoint or one of --end-shadow, --rollback and --history.")
-    try:
-        from diwa_ros.graph import load_graph
-        from diwa_ros.swap_client import open_client
-    except ImportError as error:
-        raise SetupError(f"the ROS nodes are not installed ({error}). Mend: make setup, or source the workspace.") from error
-    for process in load_graph("deploy").resolve():
-        os.environ.update(process.extra_environment)  # find the graph where `diwa up` puts it
+    find_running_graph()
+    from diwa_ros.swap_client import open_client
+
     with open_client(args.timeout) as client:
         if args.history:
             show_history(client.read_history())

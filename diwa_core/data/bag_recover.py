@@ -180,6 +180,7 @@ class _Scanner:
         self.indexed = False  # rosbag2 can be told to write no indexes
 
     def run(self, stream: IO[bytes]) -> None:
+        """Look at every record of the file; raises DataError when it is none of MCAP."""
         size = os.fstat(stream.fileno()).st_size
         magic = stream.read(len(MCAP0_MAGIC))
         if magic != MCAP0_MAGIC:

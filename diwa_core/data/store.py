@@ -122,10 +122,11 @@ class PlayStore:
         """For those who append what is missing: two at once would append the same. Raises DataError while another one does."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"{self.path}: another process is writing this store. Wait for it, or choose another path.") from error
             yield
-        except BlockingIOError as error:
-            raise DataError(f"{self.path}: another process is writing this store. Wait for it, or choose another path.") from error
         finally:
             os.close(folder)
 

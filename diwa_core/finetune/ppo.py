@@ -144,7 +144,7 @@ class DenoisingPPO:
     """Improves a copy of `policy` in `env`; `iterate()` runs one iteration and returns its metrics.
 
     autocast: the policy's matrix products in bfloat16 while it explores and learns, in half the time. Old and new log-probs are then
-    rounded alike, so their ratio is 1 where nothing has changed.
+    rounded nearly alike: where nothing has changed they differ by less than the tightest clip.
     """
 
     def __init__(self, policy: DiffusionPolicy, env, config: PPOConfig, seed: int = 0, autocast: bool = False) -> None:
