@@ -9,11 +9,16 @@ Figures count only where the robot's time kept up with the clock (the share is p
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 
 import numpy as np
 
@@ -24,6 +29,7 @@ from diwa_core.control.target import TargetIntegrator, world_to_coordinates
 from diwa_core.sim.fake_robot import FakeRobot
 from diwa_ros.franky_backend import FrankyBackend, read_robot
 from diwa_ros.gate import Chunk, ChunkGate, DroppedChunk
+from diwa_ros.node import prepare_process
 
 RADIUS_M, PERIOD_S = 0.05, 6.0
 GATE_TICKS = 20_000
@@ -62,25 +68,55 @@ def circle(seconds: float) -> np.ndarray:
     return np.array([size * np.sin(angle), size * (1 - np.cos(angle)), 0.0])
 
 
-def record(config: RobotConfig, seconds: float, drive: object) -> Run:
-    """Run `drive(arm, seconds)` on a fresh fake robot."""
+def serve_robot(config: RobotConfig, pipe: Connection) -> None:
+    """A process of its own, as in the graph: a fake robot that answers every line of `pipe` with its steps and torques since the last."""
     torques: list[np.ndarray] = []
 
     def keep(simulator: object) -> None:
         torques.append(simulator.robots[0]._applied_torques.copy())
 
     with FakeRobot(config.address, config.home_joints_rad, config.base_position_m, after_step=keep) as fake:
+        pipe.send(None)
+        while pipe.recv():
+            pipe.send((fake.steps, np.array(torques)))
+            torques.clear()
+
+
+@contextmanager
+def robot_process(config: RobotConfig) -> Iterator[Callable[[], tuple[int, np.ndarray]]]:
+    """Yields a function that returns the robot's steps so far (ms of its time) and the torques (Nm [T, 7]) since it was last called."""
+    ours, theirs = Pipe()
+    process = get_context("spawn").Process(target=serve_robot, args=(config, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask() -> tuple[int, np.ndarray]:
+        ours.send(True)
+        return ours.recv()
+
+    try:
+        ours.recv()
+        yield ask
+        ours.send(False)
+    except EOFError as error:
+        raise SystemExit("the fake robot ended: see above") from error
+    finally:
+        process.join(5.0)
+
+
+def record(config: RobotConfig, seconds: float, drive: Callable[[FrankaArm, float], None]) -> Run:
+    """Run `drive(arm, seconds)` on a fresh fake robot."""
+    with robot_process(config) as ask:
         arm = RecordedArm(config)
         arm.start()
         while arm.phase is not Phase.READY or arm.state is None:
             time.sleep(0.01)
-        steps, begin_s = fake.steps, time.monotonic()
-        torques.clear()
+        (before, _), begin_s = ask(), time.monotonic()
         drive(arm, seconds)
-        pace = (fake.steps - steps) / 1000 / (time.monotonic() - begin_s)
+        (after, torques), end_s = ask(), time.monotonic()
         arm.close()
     commanded, measured = (np.array(values) for values in zip(*arm.samples, strict=True))
-    return Run(commanded, measured, np.array(torques), np.array(arm.periods_late_s), pace)
+    return Run(commanded, measured, torques, np.array(arm.periods_late_s), (after - before) / 1000 / (end_s - begin_s))
 
 
 def drive_smoothly(arm: FrankaArm, seconds: float) -> None:
@@ -166,7 +202,8 @@ def main() -> None:
     contract = Contract(rate_hz=args.rate_hz)
     spent_s = measure_gate(contract)
     print(f"gate: p50 {np.median(spent_s) * 1e3:.3f} ms, p99 {np.percentile(spent_s, 99) * 1e3:.3f} ms of CPU per tick (goal: p99 0.2)")
-    worker = subprocess.Popen([sys.executable, "-c", BUSY]) if args.busy else None
+    worker = subprocess.Popen([sys.executable, "-c", BUSY], env={**os.environ, "OMP_NUM_THREADS": "1"}) if args.busy else None
+    prepare_process()  # as every node does
     try:
         smooth = record(config, args.seconds, drive_smoothly)
         print_run("smooth reference", smooth, config)

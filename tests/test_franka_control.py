@@ -81,6 +81,8 @@ def test_a_singularity_is_not_approached_but_left() -> None:
         ("limits: {profile: simulation}", "limits.profile: expected the model"),
         ("limits: {workspace_lower_m: [0, 0, 2]}", "workspace_upper_m"),
         ("home_joints_rad: [0, 0, 0, 0, 0, 0, 0]", "home_joints_rad of joint 4"),
+        ("impedance: {friction_nm: [2, 0, 0, 0, 0, 0, 0]}", "friction_nm of joint 1"),
+        ("impedance: {friction_nm: [0.5]}", "impedance.friction_nm: expected 7"),
         ("max_condition: .nan", r"max_condition: expected 5 to 500, found nan"),
         ("tool: {tcp_in_hand_m: [0, 0]}", "tool.tcp_in_hand_m: expected 3"),
         ("address: ''", "address: expected a host name"),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from enum import IntFlag
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from scipy.spatial.transform import Rotation
 
 from diwa_core.config import from_dict
 from diwa_core.contract import Contract
@@ -60,6 +62,11 @@ class MotionLimits:
     joint_lower_rad: tuple[float, ...] | None = None
     joint_upper_rad: tuple[float, ...] | None = None
     joint_margin_rad: float = 0.1
+
+    @cached_property
+    def nominal(self) -> Rotation:
+        """The orientation `nominal_rpy_rad`."""
+        return Rotation.from_euler("xyz", self.nominal_rpy_rad)
 
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that limits nothing or allows nothing."""

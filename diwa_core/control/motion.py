@@ -206,11 +206,9 @@ class ActionLimiter:
 
 def to_coordinates(position_m: np.ndarray, rotation: Rotation, limits: MotionLimits) -> np.ndarray:
     """A pose in the robot's base frame -> its coordinates [X]."""
-    nominal = Rotation.from_euler("xyz", limits.nominal_rpy_rad)
-    return np.concatenate([position_m, (rotation * nominal.inv()).as_rotvec()])
+    return np.concatenate([position_m, (rotation * limits.nominal.inv()).as_rotvec()])
 
 
 def from_coordinates(coordinates: np.ndarray, limits: MotionLimits) -> tuple[np.ndarray, Rotation]:
     """Coordinates [X] -> position in metres [3] and orientation."""
-    nominal = Rotation.from_euler("xyz", limits.nominal_rpy_rad)
-    return coordinates[:3], Rotation.from_rotvec(coordinates[3:]) * nominal
+    return coordinates[:3], Rotation.from_rotvec(coordinates[3:]) * limits.nominal

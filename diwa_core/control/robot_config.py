@@ -17,6 +17,7 @@ from diwa_core.control.limits import ARMS, MotionLimits, read_limits
 from diwa_core.errors import ConfigError
 
 Vector = tuple[float, ...]
+MAX_FRICTION_NM = 1.5
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Impedance:
     rotational_nm_rad: float = 40.0
     error_clip_m: float = 0.03
     error_clip_rad: float = 0.15
+    friction_nm: Vector = (0.0,) * 7  # of each joint, added along its motion; less than the joint has, or the arm creeps
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,18 @@ class RobotConfig:
         """Limits of motion, in the frame of the robot's base. Raises ConfigError, also above what the maker allows."""
         return read_limits({"profile": self.model, **self.limits}, Contract())
 
-    @property
+    @cached_property
     def base_in_world(self) -> np.ndarray:
         """[4, 4]."""
         frame = np.eye(4)
         frame[:3, :3] = Rotation.from_euler("z", self.base_yaw_rad).as_matrix()
         frame[:3, 3] = self.base_position_m
         return frame
+
+    @cached_property
+    def world_in_base(self) -> np.ndarray:
+        """[4, 4]."""
+        return np.linalg.inv(self.base_in_world)
 
     @property
     def tcp_in_flange(self) -> np.ndarray:
@@ -125,10 +132,13 @@ class RobotConfig:
             "tool.tcp_in_hand_m": (self.tool.tcp_in_hand_m, 3),
             "tool.load_centre_in_flange_m": (self.tool.load_centre_in_flange_m, 3),
             "tool.load_inertia_kg_m2": (self.tool.load_inertia_kg_m2, 3),
+            "impedance.friction_nm": (self.impedance.friction_nm, 7),
         }
         for name, (values, size) in sizes.items():
             if len(values) != size or not np.isfinite(values).all():
                 raise ConfigError(f"{name}: expected {size} finite numbers, found {list(values)}.")
+        for index, friction_nm in enumerate(self.impedance.friction_nm, 1):
+            _check_range(f"impedance.friction_nm of joint {index}", friction_nm, 0.0, MAX_FRICTION_NM)
         limits = self.motion
         joints = zip(self.home_joints_rad, limits.joint_lower_rad, limits.joint_upper_rad, strict=True)
         for index, (angle, low, high) in enumerate(joints, 1):

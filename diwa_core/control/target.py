@@ -93,7 +93,7 @@ class TargetIntegrator:
 
 def world_to_coordinates(pose: np.ndarray, config: RobotConfig) -> np.ndarray:
     """A pose in the world, xyz and euler [6] -> coordinates of the MotionFilter, in the base frame [6]."""
-    into_base = np.linalg.inv(config.base_in_world)
+    into_base = config.world_in_base
     turn = Rotation.from_matrix(into_base[:3, :3]) * Rotation.from_euler("xyz", pose[3:])
     return to_coordinates((into_base @ np.append(pose[:3], 1.0))[:3], turn, config.motion)
 
