@@ -23,7 +23,7 @@ from diwa_interfaces.msg import ExecutedAction, LatentState, SimState, SwapEvent
 from rclpy.action import ActionClient
 from rich.console import Console
 from rich.table import Table
-from runtime import read_memory_mib
+from runtime import SETTLE_S, read_memory_mib
 
 from diwa_core.contract import Contract
 from diwa_core.errors import DiwaError, SetupError
@@ -142,6 +142,8 @@ def measure(swaps: int, baseline_s: float, checkpoint: Path, log_folder: Path) -
             spin(lambda: action_client.server_is_ready() and observer.has_latent, START_LIMIT_S)
             goal = action_client.send_goal_async(RunSkill.Goal(skill=SKILL, max_steps=MAX_STEPS))
             spin(lambda: goal.done() and any(e.source == ExecutedAction.SOURCE_POLICY for e in observer.executed), START_LIMIT_S)
+            settled_s = time.monotonic() + SETTLE_S
+            spin(lambda: time.monotonic() > settled_s, SETTLE_S + 5)
             observer.take_phase()
             ended = goal.result().get_result_async()
             begin_s = time.monotonic()

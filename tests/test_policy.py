@@ -14,6 +14,7 @@ from scipy import stats
 from diwa_core.contract import Contract
 from diwa_core.errors import CheckpointError, ConfigError, DataError
 from diwa_core.policy import BCConfig, DiffusionPolicy, PolicyConfig, chunk_targets, load_policy, save_policy, train_policy
+from diwa_core.policy.program import compile_sampler
 from diwa_core.policy.schedule import NoiseSchedule, cosine_betas, gaussian_log_prob
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "schedule_oracle.json").read_text())
@@ -319,3 +320,20 @@ def test_policy_of_another_world_model_or_shape_is_refused(tmp_path: Path) -> No
     save_policy(tmp_path / "q", policy, Contract(), "open_drawer", "abc", {})
     with pytest.raises(CheckpointError, match="do not fit their configuration"):
         load_policy(tmp_path / "q")
+
+
+@pytest.mark.parametrize("changes", [{}, {"finetuned_steps": 10}, {"sampler": "ddim", "sampler_steps": 5}, {"horizon": 6}])
+def test_compiled_sampler_draws_the_same_chunks_bit_for_bit_and_keeps_its_own_weights(changes):
+    config = PolicyConfig(feature_size=8, hidden=(16, 16, 16), **changes)
+    policies = [DiffusionPolicy(config).eval() for _ in range(2)]
+    for policy in policies:
+        policy.set_feature_statistics(torch.randn(50, 8) * 3)
+    programs = [compile_sampler(policy) for policy in policies]
+    for policy, program in zip(policies, programs, strict=True):
+        for feature in torch.randn(5, 1, 8) * 4:
+            noise = policy.draw_noise(1)
+            assert torch.equal(program(feature, noise), policy.sample(feature, noise=noise))
+    noise, feature = policies[0].draw_noise(1), torch.randn(1, 8)
+    before = programs[0](feature, noise)
+    torch.nn.init.zeros_(policies[0].base.output_layer.weight)
+    assert torch.equal(programs[0](feature, noise), before)

@@ -229,11 +229,11 @@ class Policy(DiwaNode):
 
     def draw(self, message: LatentState) -> tuple[np.ndarray, torch.Tensor, float]:
         """A chunk [H, A] of the skill's policy, its noise, and the milliseconds it took."""
-        policy = self.store.policies[self.run.skill].policy
+        loaded = self.store.policies[self.run.skill]
         begin_s = time.monotonic()
         feature = torch.from_numpy(from_floats(message.feature).copy())[None]
-        noise = policy.draw_noise(1, self.generator)
-        actions = policy.sample(feature, noise=noise)[0].numpy()
+        noise = loaded.policy.draw_noise(1, self.generator)
+        actions = loaded.sample(feature, noise)[0].numpy()
         return actions, noise, (time.monotonic() - begin_s) * 1e3
 
     def find_last_action(self, message: LatentState) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from diwa_core.checkpoint import Checkpoint
 from diwa_core.contract import ACTION_SIZE, Contract
 from diwa_core.errors import CheckpointError, DiwaError, GateError
 from diwa_core.policy.diffusion import DiffusionPolicy
+from diwa_core.policy.program import compile_sampler
 from diwa_core.policy.store import load_policy
 
 MANIFEST = "manifest.json"
@@ -22,6 +24,7 @@ class LoadedPolicy:
 
     skill: str
     policy: DiffusionPolicy
+    sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # its `sample` for one feature and noise, compiled
     identity: str
     world_model_id: str
     contract: Contract
@@ -78,7 +81,7 @@ class PolicyStore:
         if not made_for or skill not in ("", made_for):
             raise Refusal("skill", skill or "the name of a skill", made_for or "none", "Load it under its own skill.")
         self._check_shapes(policy)
-        return LoadedPolicy(made_for, policy, checkpoint.identity, world_model_id, checkpoint.contract)
+        return LoadedPolicy(made_for, policy, compile_sampler(policy), checkpoint.identity, world_model_id, checkpoint.contract)
 
     def put(self, loaded: LoadedPolicy) -> None:
         """Make a checked policy the one of its skill."""

@@ -85,5 +85,5 @@ class Shadow:
 def draw(loaded: LoadedPolicy, feature: Tensor, noise: Tensor) -> tuple[np.ndarray, float]:
     """One chunk [H, A] of the shadow, with the running policy's noise where it fits, and its milliseconds."""
     begin_s = time.perf_counter()
-    actions = loaded.policy.sample(feature, noise=fit_noise(loaded.policy, noise))[0].numpy()
+    actions = loaded.sample(feature, fit_noise(loaded.policy, noise))[0].numpy()
     return actions, (time.perf_counter() - begin_s) * 1e3

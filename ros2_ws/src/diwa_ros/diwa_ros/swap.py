@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from diwa_core.policy.diffusion import DiffusionPolicy
-from diwa_ros.policy_store import Refusal
+from diwa_ros.policy_store import LoadedPolicy, Refusal
 
 MEMORY_FRAMES = 90  # latents kept: three seconds at 30 Hz
-COMPARED = 30  # of them, evenly spread, on which two policies are compared
+COMPARED = 15  # of them, evenly spread, on which two policies are compared
 WARM_UP_CHUNKS, TIMED_CHUNKS = 3, 11
 MAX_CLIPPED = 0.1  # share of real features far outside a policy's statistics; 0.00 to 0.02 with the right ones
+REST = 1.0  # times as long as a chunk took
 OVERRUNS = 3  # chunks in a row over the latency budget that end a probation
 
 
@@ -62,17 +63,15 @@ def check_statistics(policy: DiffusionPolicy, features: Tensor) -> None:
         raise Refusal("statistics", expected, f"{share:.0%}", "It was trained on other data: train it on this robot's.")
 
 
-def check_latency(policy: DiffusionPolicy, budget_ms: float) -> float:
+def check_latency(loaded: LoadedPolicy, budget_ms: float) -> float:
     """Gate `latency`: warm the policy up and return the time of a chunk, milliseconds. Raises Refusal above `budget_ms`.
 
     The fastest of several: what a busy machine adds, the running policy pays as well.
     """
-    feature, generator = torch.zeros(1, policy.config.feature_size), torch.Generator().manual_seed(0)
+    feature, generator = torch.zeros(1, loaded.policy.config.feature_size), torch.Generator().manual_seed(0)
     times_ms = []
     for _ in range(WARM_UP_CHUNKS + TIMED_CHUNKS):
-        begin_s = time.perf_counter()
-        policy.sample(feature, generator=generator)
-        times_ms.append((time.perf_counter() - begin_s) * 1e3)
+        times_ms.append(draw_politely(loaded, feature, loaded.policy.draw_noise(1, generator))[1])
     latency_ms = min(times_ms[WARM_UP_CHUNKS:])
     if latency_ms > budget_ms:
         mend = "Use fewer denoising steps or a smaller network, or raise latency_budget_ms."
@@ -80,22 +79,36 @@ def check_latency(policy: DiffusionPolicy, budget_ms: float) -> float:
     return latency_ms
 
 
-def check_actions(running: DiffusionPolicy, policy: DiffusionPolicy, running_features: Tensor, features: Tensor, limit: float) -> float:
+def check_actions(running: LoadedPolicy, new: LoadedPolicy, running_features: Tensor, features: Tensor, limit: float) -> float:
     """Gate `actions`: the difference of both policies on the same frames [N, F], [N, F']; NaN without any. Raises Refusal above `limit`."""
     if len(features) == 0:
         return float("nan")
     generator = torch.Generator().manual_seed(0)
-    noise = running.draw_noise(len(features), generator)
-    mine = running.sample(running_features, noise=noise)
-    theirs = policy.sample(features, noise=fit_noise(policy, noise))
-    difference = measure_difference(mine.numpy(), theirs.numpy())
+    noise = running.policy.draw_noise(len(features), generator)
+    mine = draw_chunks(running, running_features, noise)
+    theirs = draw_chunks(new, features, fit_noise(new.policy, noise))
+    difference = measure_difference(mine, theirs)
     if not difference <= limit:
         mend = "Look at it with --shadow first; --max-difference lets it pass."
         raise Refusal("actions", f"a mean difference of at most {limit:g} to the running policy", f"{difference:.2f}", mend)
     return difference
 
 
-def fit_noise(policy: DiffusionPolicy, noise: Tensor) -> Tensor | None:
+def draw_chunks(loaded: LoadedPolicy, features: Tensor, noise: Tensor) -> np.ndarray:
+    """Chunks [N, H, A] for features [N, F]."""
+    return torch.cat([draw_politely(loaded, *one)[0] for one in zip(features.split(1), noise.split(1), strict=True)]).numpy()
+
+
+def draw_politely(loaded: LoadedPolicy, feature: Tensor, noise: Tensor) -> tuple[Tensor, float]:
+    """A chunk [1, H, A] and its milliseconds; then a rest, because the running graph has little more than one core to spare."""
+    begin_s = time.perf_counter()
+    chunk = loaded.sample(feature, noise)
+    taken_s = time.perf_counter() - begin_s
+    time.sleep(REST * taken_s)
+    return chunk, taken_s * 1e3
+
+
+def fit_noise(policy: DiffusionPolicy, noise: Tensor) -> Tensor:
     """`noise` [N, K+1, H, A] if `policy` takes noise of that shape, so that only the policies differ; else noise of its own."""
     expected = policy.draw_noise(1, torch.Generator().manual_seed(0)).shape[1:]
     return noise if noise.shape[1:] == expected else policy.draw_noise(len(noise), torch.Generator().manual_seed(0))

@@ -473,7 +473,6 @@ def measure(
     """The gates on real latents, for pairs of a new policy and the running one of its skill; the worst latency and difference."""
     for new, _ in compared:
         check_statistics(new.policy, features)
-    latency_ms = max(check_latency(new.policy, budget_ms) for new, _ in compared)
-    pairs = [(new.policy, running.policy) for new, running in compared if running is not None]
-    differences = [check_actions(running, new, running_features, features, limit) for new, running in pairs]
+    latency_ms = max(check_latency(new, budget_ms) for new, _ in compared)
+    differences = [check_actions(running, new, running_features, features, limit) for new, running in compared if running is not None]
     return latency_ms, max(differences, default=NOT_MEASURED)

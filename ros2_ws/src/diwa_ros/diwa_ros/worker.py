@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from rclpy.node import Node
 from rclpy.task import Future
+
+NICENESS = 10
+
+
+def step_back() -> None:
+    """Leave the cores to the graph: this holds for the calling thread alone."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 class Worker:
@@ -17,7 +25,7 @@ class Worker:
     """
 
     def __init__(self, node: Node) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="worker", initializer=step_back)
         self.finished: SimpleQueue = SimpleQueue()
         self.guard = node.create_guard_condition(self._deliver)
 
