@@ -199,6 +199,25 @@ def test_every_candidate_is_kept_with_what_the_judges_said(tmp_path):
     assert len(kept) == again  # a finished run has no further candidates
 
 
+def test_when_the_time_is_up_the_policy_of_that_moment_is_a_candidate(tmp_path):
+    imagination, kept, asked = make_imagination(), [], []
+    config = FinetuneConfig(PPO, judge_every=4, judge_episodes=16, report_episodes=16)
+
+    def is_over():
+        asked.append(None)
+        return len(asked) > 3
+
+    finetune(
+        imagination,
+        make_policy(imagination),
+        config,
+        tmp_path,
+        is_over=is_over,
+        keep=lambda candidate, card: kept.append(card["iteration"]),
+    )
+    assert kept == [0, 3]
+
+
 def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
     imagination = make_imagination()
     config = FinetuneConfig(PPO, judge_every=2, judge_episodes=8, report_episodes=8)

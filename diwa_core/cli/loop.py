@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refit", nargs="*", default=[], help="of world_model, classifier, policy (default: none; the policy is fine-tuned)"
     )
     parser.add_argument("--iterations", type=int, default=0, help="of the fine-tuning (default: config/retrain.yaml)")
-    parser.add_argument("--minutes", type=float, default=6.0, help="budget of the retraining")
+    parser.add_argument("--minutes", type=float, default=8.0, help="budget of the retraining")
     parser.add_argument("--recipe", default="", help="YAML with the options of the retraining (default: config/retrain.yaml)")
     parser.add_argument("--episodes", type=int, default=100, help="starts on which before and after are measured")
     parser.add_argument("--workers", type=int, help="processes that measure (default: one per core)")

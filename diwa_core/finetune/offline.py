@@ -137,7 +137,7 @@ def finetune(
 ) -> tuple[DiffusionPolicy, dict]:
     """Denoising PPO in imagination; returns the candidate that the judges found best, and what was imagined of it.
 
-    is_over is asked before every iteration: the time is up, choose among the candidates that there are. keep(candidate, {"iteration",
+    is_over is asked between iterations: when the time is up, the policy of that moment is the last candidate. keep(candidate, {"iteration",
     "judged"}) is given every candidate, the base included. made_from: what else (identities) a run that goes on must have been begun with.
     A killed run in `run_dir` goes on where it stopped, bit for bit. Candidate 0 is the base policy: a run that only does harm in the
     judges' eyes returns it unchanged. Raises DiwaError when learning breaks down; the last good state is kept.
@@ -153,15 +153,17 @@ def finetune(
         logger.info("resumed %s at iteration %d", run_dir, learner.iteration)
     else:
         keep(learner.policy, choice.meta())
+    over = is_over()
     with open_metrics(run_dir, learner.iteration) as log:
-        while learner.iteration < config.ppo.iterations and not is_over():
+        while learner.iteration < config.ppo.iterations and not over:
             metrics = {"iteration": learner.iteration, **learner.iterate()}
             if not all(np.isfinite(value) for value in metrics.values()):
                 raise DiwaError(
                     f"fine-tuning: metrics are not finite at iteration {metrics['iteration']}: {metrics}. The last good state is in "
                     f"{state_path}. Lower actor_rate (now {config.ppo.actor_rate}) and use another run folder."
                 )
-            if learner.iteration % config.judge_every == 0 or learner.iteration == config.ppo.iterations:
+            over = is_over() or learner.iteration == config.ppo.iterations
+            if over or learner.iteration % config.judge_every == 0:
                 metrics["judged"] = choice.consider(run_dir)
                 keep(learner.policy, {"iteration": learner.iteration, "judged": metrics["judged"]})
                 save_learner(state_path, learner, choice.meta())

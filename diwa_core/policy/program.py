@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -37,6 +38,12 @@ def compile_sampler(policy: DiffusionPolicy) -> Callable[[Tensor, Tensor], Tenso
     program = copy.deepcopy(_trace(policy.config)).to(policy.feature_mean.device)
     program.load_state_dict({**dict(Sampler(policy).named_parameters()), **dict(Sampler(policy).named_buffers())})
     return program
+
+
+def prepare_samplers(config: PolicyConfig, finetuned_steps: int) -> None:
+    """Trace a shape, and that of its fine-tuned kind, before somebody waits for it."""
+    for steps in (config.finetuned_steps, finetuned_steps):
+        _trace(replace(config, finetuned_steps=steps))
 
 
 @lru_cache(KEPT_SHAPES)

@@ -19,6 +19,8 @@ from std_srvs.srv import Trigger
 
 from diwa_core.contract import hold_action
 from diwa_core.errors import ConfigError
+from diwa_core.finetune.ppo import PPOConfig
+from diwa_core.policy.program import prepare_samplers
 from diwa_ros.contracts import MODE
 from diwa_ros.diagnostics import ERROR, OK
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_duration, to_float32, to_ns
@@ -62,6 +64,8 @@ class Policy(DiwaNode):
         self.store.load_folder(self.parameters["policies"])
         if self.parameters["checkpoint"]:
             self.store.put(self.store.check(self.parameters["checkpoint"]))
+        for config in {loaded.policy.config for loaded in self.store.policies.values()}:
+            prepare_samplers(config, PPOConfig().finetuned_steps)
         self.step_ns = round(1e9 / self.store.contract.rate_hz)
         self.run: SkillRun | None = None
         self.last_latent: LatentState | None = None
