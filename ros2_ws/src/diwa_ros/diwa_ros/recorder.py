@@ -5,7 +5,6 @@ What is written, and when, is decided in diwa_core/data/bag_recorder.py; this no
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from concurrent.futures import Future as WorkFuture
@@ -90,7 +89,6 @@ class Recorder(DiwaNode):
         Parameter("after_fault_s", 1.0, "What follows a fault is saved with it, for this long.", 0.0, 10.0),
         Parameter("queue_mib", 256, "Memory for messages that wait for the disk; beyond it they are dropped and counted.", 1, 65536),
         Parameter("min_free_mib", 256, "Recording stops before the disk has less than this left.", 0, 1048576),
-        Parameter("niceness", 5, "Lower priority of this process, so that it never delays the control loop.", 0, 19),
     )
 
     def configure(self) -> None:
@@ -145,8 +143,6 @@ class Recorder(DiwaNode):
 
     def activate(self) -> None:
         """Start to listen and, if asked to, to record. Raises DataError."""
-        nice = self.parameters["niceness"]
-        os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
         if self.parameters["record_at_start"]:
             self.begin(self.parameters["name"], self.parameters["skill"])
         self.publish_status()
