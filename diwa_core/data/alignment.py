@@ -19,6 +19,7 @@ POSE = "current_pose"  # value: float64 [6], TCP xyz and euler xyz
 TARGET = "target_pose"  # value: float64 [6]
 EXECUTED = "executed_action"  # value: float32 [7], stamp: END of the step
 HISTORY = 64  # samples kept per stream: two seconds at 30 Hz
+FROZEN_FRAMES, FROZEN_MOTION_M = 5, 0.03  # identical pictures of a camera that is frozen, if the hand moved so far meanwhile
 TABLE_CENTRE_M, TABLE_REACH_M = np.array([0.0, -0.08, 0.5]), 0.25  # where both cameras of the play table are sure to see the hand
 
 
@@ -120,7 +121,12 @@ class FrameAligner:
     """Takes samples of every stream of `contract` and gives aligned frames in order."""
 
     def __init__(
-        self, contract: Contract, max_skew_s: float = 0.04, timeout_s: float = 1.0, frozen_frames: int = 15, frozen_motion_m: float = 0.05
+        self,
+        contract: Contract,
+        max_skew_s: float = 0.04,
+        timeout_s: float = 1.0,
+        frozen_frames: int = FROZEN_FRAMES,
+        frozen_motion_m: float = FROZEN_MOTION_M,
     ) -> None:
         """`timeout_s`: how long a stream may lag before it counts as missing; `frozen_*`: see FreezeWatch."""
         self.max_skew_ns = round(max_skew_s * 1e9)

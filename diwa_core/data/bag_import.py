@@ -26,7 +26,7 @@ from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from diwa_core.contract import Contract, hold_action, model_image
-from diwa_core.data.alignment import Frame, FrameAligner
+from diwa_core.data.alignment import FROZEN_FRAMES, FROZEN_MOTION_M, Frame, FrameAligner
 from diwa_core.data.bag_format import DISCARD, Episode
 from diwa_core.data.bag_format import FAILURE as MARKED_FAILURE
 from diwa_core.data.bag_format import SUCCESS as MARKED_SUCCESS
@@ -55,8 +55,8 @@ class ImportSettings:
     """
 
     max_skew_s: float = 0.04
-    frozen_frames: int = 15
-    frozen_motion_m: float = 0.05
+    frozen_frames: int = FROZEN_FRAMES
+    frozen_motion_m: float = FROZEN_MOTION_M
     idle_s: float = 1.0
     idle_margin_s: float = 0.34
     max_loss: float = 0.05

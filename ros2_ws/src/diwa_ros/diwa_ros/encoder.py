@@ -16,7 +16,7 @@ from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import ROBOT_OBS_SIZE, TARGET_POSE_SIZE, ImageStream, Observation, hold_action
-from diwa_core.data.alignment import EXECUTED, JOINTS, POSE, TARGET, Frame, FrameAligner
+from diwa_core.data.alignment import EXECUTED, FROZEN_FRAMES, FROZEN_MOTION_M, JOINTS, POSE, TARGET, Frame, FrameAligner
 from diwa_core.data.messages import SampleReader, list_sources
 from diwa_core.errors import ConfigError, DiwaError
 from diwa_core.world_model.filter import LatentFilter
@@ -53,8 +53,8 @@ class Encoder(DiwaNode):
         ),
         Parameter("max_skew_s", 0.04, "How much older than a camera frame another stream's sample may be.", 0.0, 0.5),
         Parameter("stream_timeout_s", 1.0, "A stream that lags this long is missing; a gap this long restarts the filter.", 0.05, 60.0),
-        Parameter("frozen_frames", 15, "Identical pictures in a row that make a camera frozen.", 2, 10000),
-        Parameter("frozen_motion_m", 0.05, "How far the hand must have moved over the table meanwhile; 0 for real cameras.", 0.0, 1.0),
+        Parameter("frozen_frames", FROZEN_FRAMES, "Identical pictures in a row that make a camera frozen.", 2, 10000),
+        Parameter("frozen_motion_m", FROZEN_MOTION_M, "How far the hand must have moved meanwhile; 0 for real cameras.", 0.0, 1.0),
     )
 
     def __init__(self, **arguments: object) -> None:
