@@ -19,7 +19,7 @@ POSE = "current_pose"  # value: float64 [6], TCP xyz and euler xyz
 TARGET = "target_pose"  # value: float64 [6]
 EXECUTED = "executed_action"  # value: float32 [7], stamp: END of the step
 HISTORY = 64  # samples kept per stream: two seconds at 30 Hz
-FROZEN_FRAMES, FROZEN_MOTION_M = 5, 0.03  # identical pictures of a camera that is frozen, if the hand moved so far meanwhile
+FROZEN_FRAMES, FROZEN_MOTION_M = 5, 0.02  # identical pictures of a camera that is frozen, if the hand moved so far meanwhile
 TABLE_CENTRE_M, TABLE_REACH_M = np.array([0.0, -0.08, 0.5]), 0.25  # where both cameras of the play table are sure to see the hand
 
 
