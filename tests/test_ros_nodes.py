@@ -32,7 +32,7 @@ from diwa_ros.encoder import Encoder
 from diwa_ros.franka_controller import FrankaController
 from diwa_ros.images import make_image
 from diwa_ros.messages import LATCHED, from_floats, reliable, to_duration, to_float32, to_float64, to_ns, to_pose, to_time
-from diwa_ros.policy import Policy
+from diwa_ros.policy import ASK_AGAIN_FRAMES, Policy
 from diwa_ros.teleop_stream import OPERATOR
 
 STEP = 33_333_333
@@ -298,7 +298,13 @@ def test_bridge_applies_each_tick_once_and_only_its_own_command(start):
 def policy(start, checkpoints):
     """A policy node with a pretended encoder."""
     node, probe = start(Policy, policies=str(checkpoints / "policies"), latent_timeout_s=1.0)
-    probe.node.create_service(Trigger, "encoder/reset", lambda request, response: Trigger.Response(success=True))
+    probe.resets = []
+
+    def reset(request, response):
+        probe.resets.append(request)
+        return Trigger.Response(success=True)
+
+    probe.node.create_service(Trigger, "encoder/reset", reset)
     client = ActionClient(probe.node, RunSkill, "run_skill")
     probe.until(lambda: client.server_is_ready() and node.reset_client.service_is_ready())
     latents = probe.node.create_publisher(LatentState, "latent", reliable(1))
@@ -325,6 +331,19 @@ def wait_result(probe, handle):
     future = handle.get_result_async()
     probe.until(future.done)
     return future.result()
+
+
+def test_policy_that_missed_the_first_latents_asks_for_another_reset(policy):
+    node, probe, client, chunks, _, send_latent = policy
+    assert send_goal(probe, client, "open_drawer").accepted
+    probe.until(lambda: len(probe.resets) == 1)
+    for count in range(ASK_AGAIN_FRAMES):
+        assert not chunks and len(probe.resets) == 1
+        send_latent(10 + count)
+        probe.until(lambda n=count: node.ignored == (n + 1) % ASK_AGAIN_FRAMES)
+    probe.until(lambda: len(probe.resets) == 2)
+    send_latent(1)
+    probe.until(lambda: chunks)
 
 
 def test_policy_runs_an_episode_by_the_rules(policy):

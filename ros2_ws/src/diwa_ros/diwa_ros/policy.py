@@ -33,6 +33,7 @@ from diwa_ros.swapper import Swapper
 
 MAX_STEPS = 100_000
 ENCODER_WAIT_S = 5.0
+ASK_AGAIN_FRAMES = 15  # latents in a row that do not begin the run: the first ones after the reset were missed
 
 
 class Policy(DiwaNode):
@@ -148,7 +149,7 @@ class Policy(DiwaNode):
         self.goal, run = goal, self.run
         self.detail = f"running {run.skill}"
         self.publish_status()
-        self.reset_requested = False
+        self.reset_requested, self.ignored = False, 0
         self.request_reset()
         completed, message = await self.finished
         self.goal, self.run = None, None
@@ -168,7 +169,9 @@ class Policy(DiwaNode):
         if self.finished.done() or self.reset_requested:
             return
         if self.reset_client.service_is_ready():
-            self.reset_requested, self.heard_s = True, time.monotonic()
+            if not self.ignored:
+                self.heard_s = time.monotonic()
+            self.reset_requested, self.ignored = True, 0
             self.reset_client.call_async(Trigger.Request()).add_done_callback(self.check_reset)
         elif time.monotonic() - self.heard_s > ENCODER_WAIT_S:
             self.finish(False, f"encoder/reset: expected the encoder's service within {ENCODER_WAIT_S:g} s, found none. Start the encoder.")
@@ -207,6 +210,11 @@ class Policy(DiwaNode):
         move = run.decide(to_ns(message.header.stamp), message.frames_since_reset, message.warmup_frames)
         if move != Move.IGNORE:
             self.heard_s = time.monotonic()
+        elif self.reset_requested:
+            self.ignored += 1
+            if self.ignored == ASK_AGAIN_FRAMES:  # this node heard the encoder too late, as both were starting
+                self.reset_requested = False
+                self.request_reset()
         if move == Move.HOLD:
             self.publish_chunk(message, loaded, hold_action(message.gripper)[None], hold=True, inference_ms=0.0)
         elif move == Move.SAMPLE:
