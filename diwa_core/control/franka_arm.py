@@ -7,7 +7,6 @@ Letters: X pose coordinates (6) of the MotionFilter, J joints (7). Times are sec
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -30,7 +29,6 @@ STALE_S = 0.3  # a state older than this is no state
 RECOVER_S = 1.0
 START_S = 1.0  # a motion may take this long to begin
 HOME_DYNAMICS = 0.1  # share of the arm's own speed, acceleration and jerk
-PRIORITY = 20  # below that of the library's own control thread where real time is enforced
 PREEMPTED = "Move command preempted!"  # what a motion says that we stopped ourselves
 
 
@@ -70,18 +68,6 @@ class Aim:
 
     coordinates: np.ndarray
     arrive_s: float
-
-
-def come_first() -> None:
-    """Put the calling thread, and those it starts, before whatever else computes: a late period is felt by the arm."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
-    except PermissionError:
-        LOGGER.warning(
-            "arm: expected to be allowed real-time priority %d, found that it is not: periods come late while a policy computes. "
-            "'diwa doctor --robot' says how to allow it.",
-            PRIORITY,
-        )
 
 
 def import_franky() -> Any:
@@ -233,7 +219,6 @@ class FrankaArm:
     # -- the thread --------------------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        come_first()
         while not self._ending.is_set():
             try:
                 self._session(open_robot(self.config, self._connector))
