@@ -36,7 +36,8 @@ def compile_sampler(policy: DiffusionPolicy) -> Callable[[Tensor, Tensor], Tenso
     It has weights of its own. Its first calls are slow.
     """
     program = copy.deepcopy(_trace(policy.config)).to(policy.feature_mean.device)
-    program.load_state_dict({**dict(Sampler(policy).named_parameters()), **dict(Sampler(policy).named_buffers())})
+    sampler = Sampler(policy)
+    program.load_state_dict(dict(sampler.named_parameters()) | dict(sampler.named_buffers()))
     return program
 
 
