@@ -27,6 +27,7 @@ RETRY_S = 1.0
 POLL_STEPS = 2  # periods between two looks at errors of the running motion
 STALE_S = 0.3  # a state older than this is no state
 RECOVER_S = 1.0
+RECOVER_POLL_S = 0.01
 START_S = 1.0  # a motion may take this long to begin
 HOME_DYNAMICS = 0.1  # share of the arm's own speed, acceleration and jerk
 PREEMPTED = "Move command preempted!"  # what a motion says that we stopped ourselves
@@ -334,16 +335,18 @@ class FrankaArm:
         self._enter(Phase.RECOVERING, "recovering from a reflex")
         self.recoveries, refusal = self.recoveries + 1, "the robot is still not idle"
         try:
-            done = self._robot.recover_from_errors()
+            self._robot.recover_from_errors()  # says whether errors show in the state before it: only a newer state tells
         except Exception as error:
             self._check_link(error)
-            done, refusal = False, describe(error)
+            refusal = describe(error)
         end_s = time.monotonic() + RECOVER_S
+        self._forget_motion()  # until its error has been told, the library gives the state in which the motion ended
         self._read_state()
-        while done and self.state.mode == "Reflex" and time.monotonic() < end_s:
-            self._forget_motion()  # until its error has been told, the library gives the state in which the motion ended
+        while self.state.mode == "Reflex" and time.monotonic() < end_s:
+            time.sleep(RECOVER_POLL_S)
+            self._forget_motion()
             self._read_state()
-        if done and self.state.mode in ("Idle", "Move"):
+        if self.state.mode in ("Idle", "Move"):
             self._forget_motion()
             self._aim = None
             self._enter(Phase.READY, "ready")

@@ -42,8 +42,8 @@ def compile_sampler(policy: DiffusionPolicy) -> Callable[[Tensor, Tensor], Tenso
 
 
 def prepare_samplers(config: PolicyConfig, finetuned_steps: int) -> None:
-    """Trace a shape, and that of its fine-tuned kind, before somebody waits for it."""
-    for steps in (config.finetuned_steps, finetuned_steps):
+    """Trace a shape, and that of its fine-tuned kind where a chain is long enough to have one, before somebody waits for it."""
+    for steps in {config.finetuned_steps, min(finetuned_steps, config.denoising_steps)}:
         _trace(replace(config, finetuned_steps=steps))
 
 
