@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diwa_core.contract import Contract
+from diwa_core.control import franka_arm
 from diwa_core.control.limits import Clamp
 from diwa_core.control.robot_config import RobotConfig, load_robot_config
 from diwa_core.control.target import TargetIntegrator, wrap
@@ -22,6 +23,15 @@ FAKE = load_robot_config(CONFIGS / "fake_fr3.yaml")
 SLOW = replace(FAKE, limits=FAKE.limits | {"max_speed_m_s": 0.25})
 ACTIONS = st.lists(st.lists(st.floats(-1, 1), min_size=7, max_size=7), min_size=1, max_size=25)
 MEASURED, JOINTS = np.array(NEUTRAL_POSE), np.array(NEUTRAL_JOINTS)
+
+
+def test_an_arm_without_real_time_priority_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(franka_arm.os, "sched_setscheduler", refuse)
+    franka_arm.come_first()
+    assert "real-time priority 20, found that it is not" in caplog.text and "diwa doctor --robot" in caplog.text
 
 
 def started(config: RobotConfig) -> TargetIntegrator:
