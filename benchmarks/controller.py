@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe, get_context
@@ -23,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from diwa_core.contract import Contract
-from diwa_core.control.franka_arm import FrankaArm, Phase
+from diwa_core.control.franka_arm import FrankaArm, Phase, come_first
 from diwa_core.control.robot_config import RobotConfig
 from diwa_core.control.target import TargetIntegrator, world_to_coordinates
 from diwa_core.sim.fake_robot import FakeRobot
@@ -112,7 +113,8 @@ def record(config: RobotConfig, seconds: float, drive: Callable[[FrankaArm, floa
         while arm.phase is not Phase.READY or arm.state is None:
             time.sleep(0.01)
         (before, _), begin_s = ask(), time.monotonic()
-        drive(arm, seconds)
+        with ThreadPoolExecutor(1, initializer=come_first) as pool:  # as the controller's node does
+            pool.submit(drive, arm, seconds).result()
         (after, torques), end_s = ask(), time.monotonic()
         arm.close()
     commanded, measured = (np.array(values) for values in zip(*arm.samples, strict=True))
