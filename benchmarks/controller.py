@@ -24,9 +24,10 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from diwa_core.contract import Contract
-from diwa_core.control.franka_arm import FrankaArm, Phase, come_first
+from diwa_core.control.franka_arm import FrankaArm, Phase
 from diwa_core.control.robot_config import RobotConfig
 from diwa_core.control.target import TargetIntegrator, world_to_coordinates
+from diwa_core.realtime import come_first
 from diwa_core.sim.fake_robot import FakeRobot
 from diwa_ros.franky_backend import FrankyBackend, read_robot
 from diwa_ros.gate import Chunk, ChunkGate, DroppedChunk
@@ -36,6 +37,7 @@ RADIUS_M, PERIOD_S = 0.05, 6.0
 GATE_TICKS = 20_000
 LEAST_PACE = 0.8
 TAKE_OVER_STEPS = 500
+NODE_PRIORITY = 10  # realtime_priority of config/deploy.yaml
 BUSY = "import numpy\na = numpy.ones((64, 64))\nwhile True: a @ a"
 
 
@@ -113,7 +115,7 @@ def record(config: RobotConfig, seconds: float, drive: Callable[[FrankaArm, floa
         while arm.phase is not Phase.READY or arm.state is None:
             time.sleep(0.01)
         (before, _), begin_s = ask(), time.monotonic()
-        with ThreadPoolExecutor(1, initializer=come_first) as pool:  # as the controller's node does
+        with ThreadPoolExecutor(1, initializer=lambda: come_first(NODE_PRIORITY)) as pool:
             pool.submit(drive, arm, seconds).result()
         (after, torques), end_s = ask(), time.monotonic()
         arm.close()

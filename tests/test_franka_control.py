@@ -1,5 +1,6 @@
 """The commanded pose of a Franka stays where it may be, what is reported is what was applied, and a robot's YAML names its mistakes."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diwa_core.contract import Contract
-from diwa_core.control import franka_arm
+from diwa_core.control.franka_arm import FrankaArm
 from diwa_core.control.limits import Clamp
 from diwa_core.control.robot_config import RobotConfig, load_robot_config
 from diwa_core.control.target import TargetIntegrator, wrap
@@ -29,8 +30,10 @@ def test_an_arm_without_real_time_priority_says_so_and_goes_on(monkeypatch: pyte
     def refuse(*arguments: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(franka_arm.os, "sched_setscheduler", refuse)
-    franka_arm.come_first()
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    arm = FrankaArm(FAKE)
+    arm._ending.set()
+    arm._run()
     assert "real-time priority 20, found that it is not" in caplog.text and "diwa doctor --robot" in caplog.text
 
 

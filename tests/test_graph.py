@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diwa_core.errors import ConfigError
 from diwa_ros.graph import Graph, Process, load_graph, parse_assignments, select_nodes
+from diwa_ros.node import COMMON_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 TEXT = st.text(st.characters(categories=("L", "N", "P", "S"), include_characters=" "), max_size=20)
@@ -43,7 +44,7 @@ def test_the_shipped_parameters_are_declared_by_their_nodes() -> None:
             module = importlib.import_module(f"diwa_ros.{process.executable}")
             classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
             tables = [item.PARAMETERS for item in classes if hasattr(item, "PARAMETERS")]
-            declared = {parameter.name: parameter.default for parameter in tables[0]}
+            declared = {parameter.name: parameter.default for parameter in (*COMMON_PARAMETERS, *tables[0])}
             assert set(process.parameters) <= set(declared), process.name
             assert all(type(value) is type(declared[name]) for name, value in process.parameters.items()), process.name
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diwa_core.errors import DataError, GateError
 from diwa_core.evaluate.comparison import compare_policies
 from diwa_core.evaluate.rollout import AFTER_SUCCESS, run_episode
 from diwa_core.policy.store import load_policy, save_policy
+from diwa_core.realtime import come_first
 from diwa_core.sim.play_table import PlayTable
 from diwa_core.sim.skills import start_states
 from diwa_core.world_model.filter import LatentFilter
@@ -35,6 +37,11 @@ def to_state(start):
     """SceneState -> the 39 values of ResetSim."""
     scene = [start.slider, start.drawer, 0, start.switch, start.bulb, start.led, *start.blocks.reshape(-1)]
     return (*start.tcp_pose, *[0.0] * 8, start.gripper, *map(float, scene))
+
+
+def is_real_time_allowed():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(come_first, 10).result()
 
 
 def test_lockstep_gives_the_same_episodes_as_without_ros(checkpoints, tmp_path):
@@ -59,6 +66,7 @@ def test_lockstep_gives_the_same_episodes_as_without_ros(checkpoints, tmp_path):
                 assert all(len(live.latency_ms[stage]) for stage in ("latent", "chunk", "command"))
             with pytest.raises(DataError, match="expected one of open_drawer, turn_on_led; found 'close_drawer'"):
                 evaluator.run_episode(GraphEpisode("close_drawer"))
+        assert {os.sched_getscheduler(pid) for pid in graph.pids.values()} == {os.SCHED_OTHER}
         assert graph.stop() == dict.fromkeys(("calvin_bridge", "franka_controller", "encoder", "policy"), 0)
     env.close()
 
@@ -107,6 +115,8 @@ def test_killed_policy_is_held_in_time_and_the_arm_rests(checkpoints, tmp_path):
         probe.until(lambda: client.server_is_ready() and statuses and statuses[-1].state_name == "IDLE", 30)
         goal = client.send_goal_async(RunSkill.Goal(skill="turn_on_led", max_steps=10_000))
         probe.until(lambda: goal.done() and len(commands) > 20)
+        policies = {os.sched_getscheduler(pid) for pid in graph.pids.values()}
+        assert policies == {os.SCHED_FIFO if is_real_time_allowed() else os.SCHED_OTHER}
         os.kill(graph.pids["policy"], signal.SIGKILL)
         killed_s = time.monotonic()
         probe.until(lambda: statuses[-1].state_name == "HOLD")

@@ -7,7 +7,6 @@ Letters: X pose coordinates (6) of the MotionFilter, J joints (7). Times are sec
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -22,6 +21,7 @@ from diwa_core.control.limits import Clamp
 from diwa_core.control.motion import MotionFilter, from_coordinates, to_coordinates
 from diwa_core.control.robot_config import RobotConfig
 from diwa_core.errors import DiwaError, GateError, SetupError
+from diwa_core.realtime import come_first
 
 LOGGER = logging.getLogger(__name__)
 RETRY_S = 1.0
@@ -31,6 +31,10 @@ RECOVER_S = 1.0
 RECOVER_POLL_S = 0.01
 START_S = 1.0  # a motion may take this long to begin
 HOME_DYNAMICS = 0.1  # share of the arm's own speed, acceleration and jerk
+NO_PRIORITY = (
+    "arm: expected to be allowed real-time priority %d, found that it is not: periods come late while a policy computes. "
+    "'diwa doctor --robot' says how to allow it."
+)
 PRIORITY = 20  # below that of the library's own control thread where real time is enforced
 PREEMPTED = "Move command preempted!"  # what a motion says that we stopped ourselves
 
@@ -71,18 +75,6 @@ class Aim:
 
     coordinates: np.ndarray
     arrive_s: float
-
-
-def come_first() -> None:
-    """Put the calling thread, and those it starts, before whatever else computes: a late period is felt by the arm."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
-    except PermissionError:
-        LOGGER.warning(
-            "arm: expected to be allowed real-time priority %d, found that it is not: periods come late while a policy computes. "
-            "'diwa doctor --robot' says how to allow it.",
-            PRIORITY,
-        )
 
 
 def import_franky() -> Any:
@@ -234,7 +226,8 @@ class FrankaArm:
     # -- the thread --------------------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        come_first()
+        if not come_first(PRIORITY):
+            LOGGER.warning(NO_PRIORITY, PRIORITY)
         while not self._ending.is_set():
             try:
                 self._session(open_robot(self.config, self._connector))

@@ -16,7 +16,7 @@ from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import Contract, hold_action
-from diwa_core.control.franka_arm import STALE_S, ArmState, FrankaArm, Phase, come_first
+from diwa_core.control.franka_arm import STALE_S, ArmState, FrankaArm, Phase
 from diwa_core.control.franka_hand import FrankaHand
 from diwa_core.control.limits import Clamp
 from diwa_core.control.robot_config import RobotConfig, load_robot_config
@@ -70,7 +70,6 @@ class FrankyBackend(Backend):
         self.arm.start()
         if self.hand is not None:
             self.hand.start()
-        come_first()  # while this thread holds Python's lock, the arm's waits for it
 
     def close(self) -> None:
         """Bring the arm to rest and end the threads."""

@@ -22,11 +22,17 @@ from rclpy.subscription import Subscription
 from rclpy.timer import Timer
 
 from diwa_core.errors import DiwaError
+from diwa_core.realtime import come_first
 from diwa_ros.diagnostics import ERROR, OK, Diagnostics
 from diwa_ros.parameters import Parameter, ParameterTable
 
 SPIN_S = 0.05  # longest wait of the executor: how late a signal is seen
-AUTOSTART = Parameter("autostart", True, "Configure and activate the node when it starts; false leaves that to a lifecycle manager.")
+COMMON_PARAMETERS = (
+    Parameter("autostart", True, "Configure and activate the node when it starts; false leaves that to a lifecycle manager."),
+    Parameter(
+        "realtime_priority", 0, "SCHED_FIFO priority of the node where the system allows one; 0, and always in lockstep: none.", 0, 99
+    ),
+)
 
 
 class DiwaNode(LifecycleNode):
@@ -43,7 +49,7 @@ class DiwaNode(LifecycleNode):
         self.configured = False
         self.failure: str | None = None
         self._releases: list[Callable[[], object]] = []
-        self.parameters = ParameterTable(self, (AUTOSTART, *self.PARAMETERS), lambda: self.configured)
+        self.parameters = ParameterTable(self, (*COMMON_PARAMETERS, *self.PARAMETERS), lambda: self.configured)
         self.diagnostics = Diagnostics(self)
 
     def configure(self) -> None:
@@ -144,6 +150,13 @@ class DiwaNode(LifecycleNode):
                 raise DiwaError(self.failure or f"{self.NAME} did not start.")
         self.get_logger().info("active")
 
+    def come_first(self) -> None:
+        """Take the real-time priority that was asked for."""
+        priority = self.parameters["realtime_priority"]
+        in_lockstep = self.has_parameter("mode") and self.get_parameter("mode").value == "lockstep"
+        if priority and not in_lockstep and not come_first(priority):
+            self.get_logger().info(f"no real-time priority: {priority} is not allowed here ('ulimit -r'); a busy machine delays ticks")
+
     def stop(self) -> None:
         """Deactivate, clean up and destroy, from whatever state the node is in."""
         if self.configured or self.active:
@@ -195,6 +208,7 @@ def run_node(node_class: type[DiwaNode], arguments: list[str] | None = None) -> 
         if node.parameters["autostart"]:
             node.start()
         prepare_process()
+        node.come_first()
         spin(node, lambda: bool(stops))
     except DiwaError as error:
         get_logger(node_class.NAME).fatal(str(error))
