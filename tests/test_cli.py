@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_doctor_is_content_when_everything_is_there(tmp_path: Path, capsys: pyte
     (tmp_path / "world_model").mkdir()
     (tmp_path / "policies" / "open_drawer").mkdir(parents=True)
     assert main.main(["doctor", "--checkpoints", str(tmp_path)]) == 0, capsys.readouterr().out
+
+
+def test_doctor_tells_what_killed_nodes_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fastrtps_0123456789abcdef").write_bytes(bytes(3 << 20))
+    assert "3 taken by nodes" in doctor.check_shared_memory(tmp_path).found
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 << 20))
+    finding = doctor.check_shared_memory(tmp_path)
+    assert not finding.ok and "5 MiB free" in finding.found and "rm -f" in finding.mend
 
 
 def test_doctor_tells_an_import_that_fails() -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diwa_core.cli.robot_doctor import examine_robot
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = "make setup"
 EXIT_MISSING = 1
+SHARED_MEMORY_MIB = 192  # six nodes and some room
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,8 @@ def examine(checkpoints: Path) -> list[Finding]:
     """Every finding, in the order in which to mend them."""
     packages = [check_package(name) for name in ("torch", "pybullet", "gymnasium", "zarr", "safetensors")]
     ros = [check_import("rclpy", "ros-jazzy-rclpy"), check_import("diwa_interfaces", "diwa-interfaces"), check_import("diwa_ros", "diwa")]
-    return [*check_machine(ROOT), check_cores(), *packages, check_device(), *ros, check_dds_profile(), *check_checkpoints(checkpoints)]
+    graph = [*ros, check_dds_profile(), check_shared_memory()]
+    return [*check_machine(ROOT), check_cores(), *packages, check_device(), *graph, *check_checkpoints(checkpoints)]
 
 
 def check_cores() -> Finding:
@@ -85,6 +88,15 @@ def check_dds_profile() -> Finding:
     middleware, domain = os.environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp"), os.environ.get("ROS_DOMAIN_ID", "0")
     mend = "git checkout config/fastdds.xml, or unset FASTDDS_DEFAULT_PROFILES_FILE"
     return Finding("DDS profile", Path(used.removesuffix(" (set by diwa up)")).is_file(), f"{used}; {middleware}, domain {domain}", mend)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """Every node takes a segment for its pictures, and one that was killed leaves it behind."""
+    free_mib = shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0
+    taken_mib = sum(path.stat().st_size for path in folder.glob("fastrtps_*")) >> 20
+    found = f"{free_mib} MiB free, {taken_mib} taken by nodes, those that were killed included"
+    mend = f"while no ROS node runs: rm -f {folder}/*fastrtps_*; in a container: docker run --shm-size 256m"
+    return Finding("shared memory", free_mib >= SHARED_MEMORY_MIB, found, mend)
 
 
 def check_checkpoints(folder: Path) -> list[Finding]:
