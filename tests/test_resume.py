@@ -8,9 +8,10 @@ import torch
 
 from diwa_core.errors import CheckpointError, ConfigError
 from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
-from diwa_core.finetune.resume import guard_run, load_learner, open_metrics, save_learner
+from diwa_core.finetune.resume import load_learner, open_metrics, save_learner
 from diwa_core.imagination.dream import DreamStep
 from diwa_core.policy.diffusion import DiffusionPolicy, PolicyConfig
+from diwa_core.run_folder import guard_run
 
 CONFIG = PPOConfig(batch=8, chunks=3, finetuned_steps=2, epochs=2, minibatch=16, actor_rate=1e-3, critic_warmup=1)
 

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from diwa_core.config import to_dict
     from diwa_core.finetune.online import OnlineBudget, SimulatorEnv, finetune_online, validation_success
     from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
-    from diwa_core.finetune.resume import guard_run
     from diwa_core.policy.store import load_policy, save_policy
+    from diwa_core.run_folder import guard_run
     from diwa_core.world_model.filter import load_world_model
 
     torch.set_num_threads(args.threads)

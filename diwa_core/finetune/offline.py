@@ -21,11 +21,12 @@ from torch import Tensor
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import DataError, DiwaError
 from diwa_core.finetune.ppo import DenoisingPPO, PPOConfig
-from diwa_core.finetune.resume import guard_run, load_learner, open_metrics, save_learner
+from diwa_core.finetune.resume import load_learner, open_metrics, save_learner
 from diwa_core.imagination.dream import Dream
 from diwa_core.policy.demonstrations import filter_episode
 from diwa_core.policy.diffusion import DiffusionPolicy
 from diwa_core.reward.classifier import SuccessClassifier
+from diwa_core.run_folder import guard_run
 from diwa_core.world_model.model import WorldModel
 from diwa_core.world_model.probe import readout
 from diwa_core.world_model.rssm import State

@@ -7,7 +7,6 @@ Beside the learner's own tensors it holds the environment's, so an environment t
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diwa_core.checkpoint_files import read_files, write_files
-from diwa_core.errors import CheckpointError, ConfigError
+from diwa_core.errors import CheckpointError
 from diwa_core.finetune.ppo import DenoisingPPO
+from diwa_core.run_folder import replace_text
 
 TENSORS, META = "learner.safetensors", "meta.json"
 
@@ -79,41 +79,13 @@ def load_learner(path: str | Path, learner: DenoisingPPO) -> dict[str, Any]:
         ) from error
 
 
-def guard_run(run_dir: str | Path, wanted: dict[str, Any]) -> None:
-    """Keep what a run was started with in run.json; raises ConfigError if `wanted` differs from what is there."""
-    path = Path(run_dir) / "run.json"
-    wanted = json.loads(json.dumps(wanted))
-    if not path.exists():
-        _replace_text(path, json.dumps(wanted, indent=1))
-        return
-    found, wanted = _flatten_dict(json.loads(path.read_text())), _flatten_dict(wanted)
-    changed = [key for key in wanted | found if found.get(key) != wanted.get(key)]
-    if changed:
-        was, now = (", ".join(f"{key} = {values.get(key)}" for key in changed) for values in (found, wanted))
-        raise ConfigError(f"{run_dir} was started with {was}, now {now}. Use another run folder, or what it was started with.")
-
-
-def _flatten_dict(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def open_metrics(run_dir: str | Path, iteration: int) -> TextIO:
     """run_dir/metrics.jsonl for appending, without the rows of iterations from `iteration` on, which will be run again."""
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-    _replace_text(path, "".join(line for line in whole if json.loads(line)["iteration"] < iteration))
+    replace_text(path, "".join(line for line in whole if json.loads(line)["iteration"] < iteration))
     return path.open("a")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from diwa_core.contract import PROPRIO_SIZE, low_vector
 from diwa_core.data.sequences import SequenceIndex, StreamSampler, WindowSampler, previous_actions
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import ConfigError, DataError, DiwaError
+from diwa_core.run_folder import guard_run
 from diwa_core.world_model.distributed import ProcessLost, Ranks
 from diwa_core.world_model.model import WorldModel, WorldModelConfig
 from diwa_core.world_model.rssm import State
@@ -251,26 +252,9 @@ class Trainer:
         self._streams = StreamSampler(data.episodes, config.batch, config.stream_length, config.reset_probability, config.seed)
         self._windows: WindowSampler | None = None
         if ranks.main:
-            self._guard_config()
+            guard_run(self.run_dir, {"model": to_dict(self.model.config), "training": to_dict(self.config)})
 
     # ---- state on disk ------------------------------------------------------------------------------------------------------------
-
-    def _guard_config(self) -> None:
-        """Refuse to continue a run under another configuration."""
-        path = self.run_dir / "run.json"
-        wanted = {"model": to_dict(self.model.config), "training": to_dict(self.config)}
-        if not path.exists():
-            path.write_text(json.dumps(wanted, indent=1))
-            return
-        found = json.loads(path.read_text())
-        wanted = json.loads(json.dumps(wanted))
-        for part in wanted:
-            for key, value in wanted[part].items():
-                if found.get(part, {}).get(key) != value:
-                    raise ConfigError(
-                        f"{self.run_dir} was started with {part}.{key} = {found.get(part, {}).get(key)}, now {value}. "
-                        "Use another run folder, or the configuration it was started with."
-                    )
 
     @property
     def _state_path(self) -> Path:
