@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from diwa_core.checkpoint import load_checkpoint
 from diwa_core.cli.progress import stage_progress
 from diwa_core.cli.world_model import load_overrides
 from diwa_core.config import from_dict, to_dict
 from diwa_core.data.store import PlayStore
 from diwa_core.errors import ConfigError, DataError, DiwaError
+from diwa_core.world_model.filter import load_world_model
 from diwa_core.world_model.model import SIZES, WorldModel, WorldModelConfig
 from diwa_core.world_model.open_loop import HORIZONS, measure_open_loop
 from diwa_core.world_model.probe import train_probe
@@ -96,6 +98,7 @@ class Study:
     out: Path
     base: dict[str, dict]
     device: str = "cpu"
+    given_codes: str | None = None  # a world model whose image codes all rows share, instead of codes of their own
     report: Callable[[str, float], None] = lambda stage, done: None
 
     def configs(self, variant: Variant, seed: int) -> tuple[WorldModelConfig, TrainConfig]:
@@ -109,6 +112,7 @@ class Study:
         """What a row must agree in to belong to this study; stores by what they were made with."""
         stores = {name: [describe(path) for path in getattr(self, name)] for name in ("play", "validation", "rollouts")}
         full = [to_dict(config) for config in self.configs(FULL_MODEL, 0)]
+        stores |= {"codes": load_checkpoint(self.given_codes).identity} if self.given_codes else {}
         return json.loads(json.dumps({**stores, "frames": self.frames, "steps": self.steps, "windows": self.windows, "full": full}))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -135,6 +139,8 @@ class Study:
     @cached_property
     def codes(self) -> tuple[WorldModel, float]:
         """A model whose image codes all rows share, and the seconds their training took."""
+        if self.given_codes:
+            return load_world_model(self.given_codes, device=self.device)[0], float("nan")
         model_config, training = self.configs(FULL_MODEL, 1)
         note, began = self.run_dir / "codes" / "seconds.json", time.monotonic()
         torch.manual_seed(training.seed)
@@ -165,6 +171,8 @@ class Study:
         """Updates of a model without codes in the seconds that codes and the full model took; noted, so that a resumed row has as many."""
         note, trial = run_dir / "steps.json", run_dir / "trial"
         if not note.exists():
+            if self.given_codes:
+                raise ConfigError(f"{END_TO_END}: expected to know how long the codes took to train. Leave it out, or --codes.")
             budget = self.codes[1] + self.row(FULL_MODEL, seed)["seconds"]
             Trainer(WorldModel(config).to(self.device), self.data(config), replace(training, steps=4, log_every=1), trial).run()
             seconds = [json.loads(line)["seconds"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
@@ -267,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--variants", nargs="+", help="default: all")
     parser.add_argument("--config", help="YAML with 'model' and 'training' mappings: what the full model has instead of 'small'")
+    parser.add_argument("--codes", help="world model whose image codes all rows share (default: codes are trained first)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--out", type=Path, default=Path("reports/ablations.jsonl"))
     parser.add_argument("--device", default="cpu")
@@ -281,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     stores = [tuple(paths) for paths in (args.play, args.validation, args.rollouts)]
     with stage_progress() as progress:
         sizes = (args.frames, args.steps, args.windows)
-        study = Study(*stores, *sizes, args.run_dir, args.out, load_overrides(args.config), args.device, progress)
+        study = Study(*stores, *sizes, args.run_dir, args.out, load_overrides(args.config), args.device, args.codes, progress)
         variants = {variant.name: variant for variant in list_variants(*study.configs(FULL_MODEL, 1))}
         unknown = [name for name in args.variants or () if name not in variants]
         if unknown:

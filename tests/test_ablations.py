@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_refit import TINY, random_play, random_rollouts
+from test_refit import TINY, random_play, random_rollouts, train
 
 from diwa_core.errors import ConfigError, DataError
 from diwa_core.world_model.train import Trainer
@@ -82,3 +82,14 @@ def test_a_switch_that_changes_nothing_is_skipped_and_an_unknown_variant_refused
 def test_without_play_it_says_what_was_not_run(benchmark, tmp_path, capsys):
     assert benchmark.main(["--out", str(tmp_path / "none.jsonl")]) == 0
     assert "not run" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(900)
+def test_the_codes_of_a_world_model_are_shared_and_no_time_is_claimed_for_them(benchmark, words, tmp_path, capsys):
+    assert train(tmp_path, "model", "--play", tmp_path / "play", "--steps", "1") == 0
+    given = [*words, "--codes", str(tmp_path / "model")]
+    assert benchmark.main([*given, "--variants", "full"]) == 0
+    assert not (tmp_path / "run" / "codes").exists() and "| full | 1 | 4 | 2 |" in capsys.readouterr().out
+    assert "codes" in json.loads((tmp_path / "rows.jsonl").read_text())["study"]
+    with pytest.raises(ConfigError, match="how long the codes took"):
+        benchmark.main([*given, "--variants", "end-to-end"])
