@@ -1,4 +1,4 @@
-"""The fault matrix in figures: `python benchmarks/faults.py [--fault NAME ...] [--backend simulation] [--markdown] [--json FILE]`.
+"""The fault matrix in figures: `python benchmarks/faults.py [--fault NAME ...] [--backend fake-fr3] [--markdown] [--json FILE]`.
 
 Each fault of tests/fault_rig.py is put into the running graph; the table says how long until the arm was held, whether any command outside
 the limits went out, what the controller showed and how it went on. Times are between the senders' own stamps.
@@ -20,7 +20,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from fault_rig import FAULTS, RIGS, Outcome, make_fault_checkpoints
+from fault_matrix import FAULTS, faults_of
+from fault_rig import RIGS, Outcome, make_fault_checkpoints
 from ros_support import private_environment
 
 COLUMNS = ("fault", "backend", "noticed after ms", "held after ms", "commands outside", "state", "reason", "goes on by")
@@ -49,9 +50,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="diwa_faults_") as folder:
         checkpoints = make_fault_checkpoints(Path(folder) / "checkpoints")
         for backend in args.backend or RIGS:
-            rig = RIGS[backend](checkpoints, Path(folder) / "logs")
+            (logs := Path(folder) / f"logs_{backend}").mkdir()
+            rig = RIGS[backend](checkpoints, logs)
             try:
-                for fault in FAULTS:
+                for fault in faults_of(backend):
                     if not args.fault or fault.name in args.fault:
                         outcomes.append(rig.run(fault, attempts=args.attempts))
                         print(" | ".join(row(outcomes[-1])), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 A `Relay` stands between the nodes: camera, ticks of the robot and action chunks pass through it, as they are or as a fault makes them.
 Every fault is measured on the messages of the graph and by the clocks of their senders, so that this observer adds nothing.
+What can go wrong is in fault_matrix.py; here is what it goes wrong with: the graph with the simulated robot, and with the fake FR3.
 """
 
 from __future__ import annotations
@@ -11,30 +12,43 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+import yaml
+from diagnostic_msgs.msg import DiagnosticStatus
 from diwa_interfaces.action import RunSkill
-from diwa_interfaces.msg import ActionChunk, ControllerStatus, PolicyStatus, RobotCommand, SimState
+from diwa_interfaces.msg import ActionChunk, ControllerStatus, ExecutedAction, PolicyStatus, RobotCommand, SimState
 from diwa_interfaces.srv import LoadPolicy, ResetSim
+from fault_matrix import Fault
+from geometry_msgs.msg import PoseStamped
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.msg import ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
 from rclpy.action import ActionClient
+from rclpy.client import Client
 from rclpy.node import Node
+from rclpy.qos import QoSProfile
 from rclpy.serialization import deserialize_message
 from ros_support import Probe, train_constant
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import Contract
-from diwa_core.control.limits import MotionLimits, load_limits
+from diwa_core.control.robot_config import load_robot_config
+from diwa_core.control.target import angle_between, world_to_coordinates
 from diwa_core.policy.diffusion import PolicyConfig
 from diwa_core.policy.store import save_policy
 from diwa_core.world_model.filter import save_world_model
 from diwa_core.world_model.model import SIZES, WorldModel
-from diwa_ros.graph import Process, load_graph
-from diwa_ros.messages import LATCHED, reliable, to_float32, to_ns, to_time
+from diwa_ros.graph import Process, config_folder, load_graph
+from diwa_ros.messages import CAMERA, LATCHED, from_pose, reliable, to_float32, to_ns
 from diwa_ros.up import GraphRunner
 
 SKILL = "open_drawer"
@@ -42,12 +56,11 @@ ALONG = np.array([0.25, 0, 0, 0, 0, 0, -1], dtype=np.float32)  # 5 mm a step to 
 START_X_M = -0.4
 MOVING = 1e-3  # of an action: less is noise
 REST_NS = 500_000_000  # without a moving command: the arm rests
+TOLERANCE = 1e-6  # m and rad, of sums of rounded numbers
 PATIENCE_S = 60.0  # for a slow and busy machine
-WIRE = {  # topic -> type, depth, the node that sends it
-    "camera/static/image_raw": (Image, 5, "calvin_bridge"),
-    "sim/state": (SimState, 10, "calvin_bridge"),
-    "action_chunk": (ActionChunk, 5, "policy"),
-}
+CALLS = {"FAULT": "controller/resume", "USER_STOPPED": "controller/resume", "REFLEX": "controller/recover"}  # what ends a state
+CAMERA_TOPIC = "camera/static/image_raw"
+Wire = dict[str, tuple[type, QoSProfile, str]]  # topic -> type, how it is sent, the node that sends it
 Change = Callable[[object], list[object]]
 
 
@@ -68,14 +81,14 @@ def make_fault_checkpoints(folder: Path, change_scale: float = 1.0) -> Path:
 
 
 class Relay:
-    """Passes the messages of WIRE on; `changes` maps a topic to what happens to its messages on the way: one in, any number out."""
+    """Passes the messages of a wire on; `changes` maps a topic to what happens to its messages on the way: one in, any number out."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, wire: Wire) -> None:
         self.changes: dict[str, Change] = {}
-        for topic, (message_type, depth, _) in WIRE.items():
-            publisher = node.create_publisher(message_type, topic, reliable(depth))
+        for topic, (message_type, qos, _) in wire.items():
+            publisher = node.create_publisher(message_type, topic, qos)
             pass_on = self._make_callback(topic, message_type, publisher)
-            node.create_subscription(message_type, f"wire/{topic}", pass_on, reliable(depth), raw=True)
+            node.create_subscription(message_type, f"wire/{topic}", pass_on, qos, raw=True)
 
     def _make_callback(self, topic: str, message_type: type, publisher: object) -> Callable[[bytes], None]:
         def pass_on(data: bytes) -> None:
@@ -118,35 +131,57 @@ class Outcome:
     states: list[str] = field(default_factory=list)
 
 
-class SimulationRig:
-    """The graph of config/deploy.yaml with the simulated robot, in real time."""
+class Rig(ABC):
+    """A graph of config/deploy.yaml in real time. A backend says what it consists of, what moves its arm and how the arm starts again."""
 
-    BACKEND = "simulation"
+    BACKEND: str
+    WIRE: ClassVar[Wire]
+    CLOCK: str  # the topic whose stamps are those of the robot or, where the controller makes its own, of the camera
 
     def __init__(self, checkpoints: Path, log_folder: Path) -> None:
-        """Start it and wait until every node is there. Needs rclpy.init."""
+        """Start it. Needs rclpy.init."""
         self.checkpoints, self.log_folder = checkpoints, log_folder
-        self.limits: MotionLimits = load_limits("simulation", Contract())
-        self.processes = {process.name: wire(process) for process in self.describe()}
+        self.processes = {process.name: self._rewire(process) for process in self.describe()}
         self.runners = {name: GraphRunner([process], log_folder) for name, process in self.processes.items()}
         self.extra: list[subprocess.Popen] = []
         self.nodes: list[Node] = []
+        self.clients: dict[str, Client] = {}
         self.probe = Probe()
-        self.relay = Relay(self.probe.node)
+        self.relay = Relay(self.probe.node, self.WIRE)
         self.sent: list[Sent] = []
         self.statuses: list[tuple[int, ControllerStatus]] = []
-        listen = self.probe.node.create_subscription
-        listen(RobotCommand, "sim/command", self._take_command, reliable(50))
-        listen(ControllerStatus, "controller/status", self._take_status, LATCHED)
+        self.probe.node.create_subscription(ControllerStatus, "controller/status", self._take_status, LATCHED)
+        self.listen()
         self.policy = self.probe.hear(PolicyStatus, "policy/status", LATCHED)
         self.client = ActionClient(self.probe.node, RunSkill, "run_skill")
         self.goal = None
+        self._find("controller/stop", Trigger)  # so that a stop is not late by the time that discovery takes
         for runner in self.runners.values():
             runner.start()
 
+    @abstractmethod
     def describe(self) -> list[Process]:
         """The processes of the graph."""
-        return load_graph("deploy").resolve({"checkpoint": str(self.checkpoints), "commands_from": self.probe_name})
+
+    @abstractmethod
+    def listen(self) -> None:
+        """Subscribe to what moves the arm."""
+
+    @abstractmethod
+    def reset(self) -> bool:
+        """Put the arm to where its motion begins; False when it cannot go there now."""
+
+    def forget(self) -> None:
+        """A measurement begins: only what is sent from now on counts."""
+        del self.sent[:-1]
+
+    def moved_at_ns(self) -> list[int]:
+        """When something was sent that moves the arm."""
+        return [sent.time_ns for sent in self.sent if sent.moves]
+
+    def count_outside(self) -> int:
+        """How often something was sent that no robot should be sent."""
+        return count_outside(self.sent)
 
     @property
     def probe_name(self) -> str:
@@ -155,7 +190,10 @@ class SimulationRig:
 
     def close(self) -> None:
         """End everything that was started."""
-        self.mend_everything()
+        self._end_extra()
+        for name, runner in self.runners.items():
+            if runner.poll() is None:
+                self.signal(name, signal.SIGCONT)
         self.client.destroy()
         for runner in reversed(self.runners.values()):
             runner.stop()
@@ -179,16 +217,14 @@ class SimulationRig:
 
     def call(self, name: str, service_type: type = Trigger, request: object = None) -> object:
         """Call a service and return its response; again while there is none: a server that was killed seems to be there for a while."""
-        client = self.probe.node.create_client(service_type, name)
         end_s = time.monotonic() + PATIENCE_S
-        try:
-            while time.monotonic() < end_s:
-                if self._wait(client.service_is_ready, 5.0):
-                    future = client.call_async(request or service_type.Request())
-                    if self._wait(future.done, 5.0):
-                        return future.result()
-        finally:
-            self.probe.node.destroy_client(client)
+        while time.monotonic() < end_s:
+            client = self._find(name, service_type)
+            if self._wait(client.service_is_ready, 5.0):
+                future = client.call_async(request or service_type.Request())
+                if self._wait(future.done, 5.0):
+                    return future.result()
+            self.probe.node.destroy_client(self.clients.pop(name))
         raise AssertionError(f"{name}: no answer within {PATIENCE_S} s; {self.probe.diagnostics}")
 
     def add_publisher(self, name: str) -> object:
@@ -208,14 +244,7 @@ class SimulationRig:
 
     def mend_everything(self) -> None:
         """Take back what `change`, `add_publisher`, `flood` and signals did; dead nodes are started again."""
-        self.relay.changes.clear()
-        for node in self.nodes:
-            node.destroy_node()
-        self.nodes.clear()
-        for process in self.extra:
-            process.kill()
-            process.wait()
-        self.extra.clear()
+        self._end_extra()
         for name, runner in self.runners.items():
             if runner.poll() is not None:
                 self.restart(name)
@@ -230,27 +259,25 @@ class SimulationRig:
         return self.statuses[-1][1].state_name if self.statuses else "none"
 
     def bring_to_motion(self, attempts: int = 1) -> str:
-        """Put the arm to the left and let the policy move it; returns what had to be done so that it moves: a call or nothing."""
+        """Let the policy move the arm from its start; returns what had to be done so that it moves: a call or nothing."""
         resumed_by = "by itself"
         end_s = time.monotonic() + 2 * PATIENCE_S * attempts
         while not self._try_motion():
-            assert time.monotonic() < end_s, f"no motion: {self.state}, {self.statuses[-1][1].reason}; {self.probe.diagnostics}"
-            if self.state in ("FAULT", "USER_STOPPED") and self.call("controller/resume").success:
-                resumed_by = "controller/resume"
+            reason = self.statuses[-1][1].reason if self.statuses else "no status"
+            assert time.monotonic() < end_s, f"no motion: {self.state}, {reason}; {self.probe.diagnostics}"
+            if self.state in CALLS and self.call(call := CALLS[self.state]).success:
+                resumed_by = call
         return resumed_by
 
     def _try_motion(self) -> bool:
-        """One attempt: cancel, reset the scene, run the skill; true when commands that move were sent for a while."""
+        """One attempt: cancel, go to the start, run the skill; true when commands that move were sent for a while."""
         if self.goal is not None and self.goal.done() and self.goal.result().accepted:
             cancelled = self.goal.result().cancel_goal_async()
             self._wait(cancelled.done, 3.0)
         self.goal = None
-        state = np.zeros(39)
-        state[:6], state[14] = (START_X_M, -0.2, 0.6, np.pi, 0, np.pi / 2), -1.0
-        state[21:] = np.reshape([[-0.3 + 0.25 * index, -0.05, 0.46, 0, 0, 0] for index in range(3)], -1)
-        reset = self.call("sim/reset", ResetSim, ResetSim.Request(state=state.tolist()))
-        assert reset.success, reset.message
-        if not self._wait(self.client.server_is_ready, PATIENCE_S) or self.state in ("FAULT", "USER_STOPPED"):
+        if not self.reset():
+            return False
+        if not self._wait(self.client.server_is_ready, PATIENCE_S) or self.state in CALLS:
             return False
         self.goal = self.client.send_goal_async(RunSkill.Goal(skill=SKILL, max_steps=10_000))
         if not self._wait(self.goal.done, 5.0) or not self.goal.result().accepted:
@@ -260,28 +287,20 @@ class SimulationRig:
         def moves() -> bool:
             return sum(sent.moves for sent in self.sent[before:]) > 5
 
-        self._wait(lambda: moves() or self.state in ("FAULT", "USER_STOPPED"), 10.0)
+        self._wait(lambda: moves() or self.state in CALLS, 10.0)
         return moves()
-
-    def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        end_s = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > end_s:
-                return False
-            self.probe.executor.spin_once(timeout_sec=0.02)
-        return True
 
     def measure(self, fault: Fault) -> Outcome:
         """Put `fault` into the moving graph, wait until it shows, and say what happened. It stays in."""
-        del self.sent[:-1]
+        self.forget()
         heard = len(self.statuses)
         begin_ns = time.time_ns()
         fault.inject(self)
-        self._wait(lambda: self.state in fault.states, PATIENCE_S)
+        self._wait(lambda: self.state in fault.states and self._complaint(fault) is not None, PATIENCE_S)
         self.probe.spin(fault.watch_s)
         end_ns = time.time_ns()
-        moving = [sent.time_ns for sent in self.sent if sent.moves]
-        held_ms = max(0.0, (max(moving, default=begin_ns) - begin_ns) / 1e6)
+        moved_at_ns = self.moved_at_ns()
+        held_ms = max(0.0, (max(moved_at_ns, default=begin_ns) - begin_ns) / 1e6)
         noticed = [at_ns for at_ns, status in self.statuses[heard:] if status.state_name != "ACTIVE" and at_ns > begin_ns]
         newest = self.statuses[-1][1]
         shown = list(dict.fromkeys(status.state_name for _, status in self.statuses[heard:]))
@@ -290,11 +309,11 @@ class SimulationRig:
             backend=self.BACKEND,
             held_ms=held_ms if fault.holds else None,
             noticed_ms=(noticed[0] - begin_ns) / 1e6 if noticed else None,
-            at_rest=all(sent < end_ns - REST_NS for sent in moving),
-            outside=count_outside(self.sent),
+            at_rest=all(moved_ns < end_ns - REST_NS for moved_ns in moved_at_ns),
+            outside=self.count_outside(),
             commands=len(self.sent),
             state=" → ".join(shown) if fault.controller_lives else "none: its status is silent",
-            reason=newest.reason if fault.controller_lives else "",
+            reason=(self._complaint(fault) or newest.reason) if fault.controller_lives else "",
             states=shown,
         )
 
@@ -307,19 +326,198 @@ class SimulationRig:
         outcome.resumed_by = "; ".join(filter(None, (fault.mended_by, self.bring_to_motion(attempts))))
         return outcome
 
-    def _take_command(self, message: RobotCommand, info: dict) -> None:
-        action = np.array(message.action, np.float32)
-        self.sent.append(Sent(info["source_timestamp"], to_ns(message.header.stamp), action, message.hold))
+    def _complaint(self, fault: Fault) -> str | None:
+        """What the fault's diagnostic says; empty when the state alone must show the fault, None while the diagnostic finds all well."""
+        if not fault.diagnostic:
+            return ""
+        level, message = self.probe.diagnostics.get(fault.diagnostic, (DiagnosticStatus.OK, ""))
+        return f"{fault.diagnostic}: {message}" if level != DiagnosticStatus.OK else None
+
+    def _find(self, name: str, service_type: type) -> Client:
+        if name not in self.clients:
+            self.clients[name] = self.probe.node.create_client(service_type, name)
+        return self.clients[name]
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        end_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > end_s:
+                return False
+            self.probe.executor.spin_once(timeout_sec=0.02)
+        return True
+
+    def _end_extra(self) -> None:
+        self.relay.changes.clear()
+        for node in self.nodes:
+            node.destroy_node()
+        self.nodes.clear()
+        for process in self.extra:
+            process.kill()
+            process.wait()
+        self.extra.clear()
+
+    def _rewire(self, process: Process) -> Process:
+        """The process with what it sends on WIRE going to the relay."""
+        remaps = {topic: f"wire/{topic}" for topic, (_, _, sender) in self.WIRE.items() if sender == process.name}
+        parameters = {"latent_timeout_s": 2.0} if process.name == "policy" else {}
+        return replace(process, remaps=process.remaps | remaps, parameters=process.parameters | parameters)
 
     def _take_status(self, message: ControllerStatus, info: dict) -> None:
         self.statuses.append((info["source_timestamp"], message))
 
 
-def wire(process: Process) -> Process:
-    """The process with what it sends on WIRE going to the relay."""
-    remaps = {topic: f"wire/{topic}" for topic, (_, _, sender) in WIRE.items() if sender == process.name}
-    parameters = {"latent_timeout_s": 2.0} if process.name == "policy" else {}
-    return replace(process, remaps=process.remaps | remaps, parameters=process.parameters | parameters)
+class SimulationRig(Rig):
+    """The graph with the simulated robot. What moves its arm is sim/command, timed when the controller sends it."""
+
+    BACKEND = "simulation"
+    WIRE: ClassVar[Wire] = {
+        CAMERA_TOPIC: (Image, reliable(5), "calvin_bridge"),
+        "sim/state": (SimState, reliable(10), "calvin_bridge"),
+        "action_chunk": (ActionChunk, reliable(5), "policy"),
+    }
+    CLOCK = "sim/state"
+
+    def describe(self) -> list[Process]:
+        """The processes of the graph."""
+        return load_graph("deploy").resolve({"checkpoint": str(self.checkpoints), "commands_from": self.probe_name})
+
+    def listen(self) -> None:
+        """Subscribe to the commands."""
+        self.probe.node.create_subscription(RobotCommand, "sim/command", self._take_command, reliable(50))
+
+    def reset(self) -> bool:
+        """The hand to the left, above the table."""
+        state = np.zeros(39)
+        state[:6], state[14] = (START_X_M, -0.2, 0.6, np.pi, 0, np.pi / 2), -1.0
+        state[21:] = np.reshape([[-0.3 + 0.25 * index, -0.05, 0.46, 0, 0, 0] for index in range(3)], -1)
+        reset = self.call("sim/reset", ResetSim, ResetSim.Request(state=state.tolist()))
+        assert reset.success, reset.message
+        return True
+
+    def _take_command(self, message: RobotCommand, info: dict) -> None:
+        action = np.array(message.action, np.float32)
+        self.sent.append(Sent(info["source_timestamp"], to_ns(message.header.stamp), action, message.hold))
+
+
+@dataclass
+class Target:
+    """A pose of the hand [6] as the controller commands it: when by its clock, and whether the robot is being commanded at all."""
+
+    time_ns: int
+    pose: np.ndarray
+    streaming: bool
+
+
+class FakeFr3Rig(Rig):
+    """The graph with the fake FR3: the real client, the real protocol and franky-sim's arm.
+
+    No topic carries commands to that robot. What moves it is heard from the controller: executed_action, timed when the step is over,
+    which is one step later than the simulation's command is sent; and target_pose, each change of which is a command too: of a step that
+    a stopped robot cut off it is the only trace. Executed actions that move nothing count as holds whatever their source says, because
+    their source is unknown to the controller after a late tick. Both are also what is held against the limits.
+    """
+
+    BACKEND = "fake-fr3"
+    WIRE: ClassVar[Wire] = {
+        CAMERA_TOPIC: (Image, CAMERA, "fake_fr3"),
+        "action_chunk": (ActionChunk, reliable(5), "policy"),
+    }
+    CLOCK = CAMERA_TOPIC
+    ADDRESS = f"127.63.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}"  # runs side by side do not meet
+    HOME_RAD = 0.05  # how near to its home joints the arm is at home
+
+    def describe(self) -> list[Process]:
+        """The processes of the graph. The robot has an address of its own; its gripper is reported before the arm has come to its box."""
+        values = yaml.safe_load((config_folder() / "fake_fr3.yaml").read_text())
+        values |= {"address": self.ADDRESS, "connect_timeout_s": 3.0, "gripper": values["gripper"] | {"timeout_s": 1.0}}
+        path = self.log_folder / "robot.yaml"
+        path.write_text(yaml.safe_dump(values))
+        self.config, self.contract = load_robot_config(path), Contract()
+        arguments = {"checkpoint": str(self.checkpoints), "commands_from": self.probe_name, "real": True, "robot": "fake-fr3"}
+        processes = load_graph("deploy").resolve(arguments)
+        for process in processes:
+            if "robot" in process.parameters:
+                process.parameters["robot"] = str(path)
+        return processes
+
+    def listen(self) -> None:
+        """Subscribe to what the controller did and where it wants the hand."""
+        self.measured: dict[int, np.ndarray] = {}  # by stamp
+        self.targets: list[Target] = []
+        self.joints = np.full(7, np.nan)
+        listen = self.probe.node.create_subscription
+        listen(ExecutedAction, "executed_action", self._take_executed, reliable(50))
+        listen(PoseStamped, "current_pose", self._take_pose, reliable(50))
+        listen(PoseStamped, "target_pose", self._take_target, reliable(50))
+        listen(JointState, "joint_states", self._take_joints, reliable(50))
+
+    def reset(self) -> bool:
+        """The arm to its home joints."""
+        if not self._wait(lambda: self.state == "IDLE" or self.state in CALLS, 10.0) or self.state in CALLS:
+            return False
+        if not self._is_home() and not self.call("controller/home").success:
+            return False
+        return self._wait(lambda: self._is_home() and self.state == "IDLE", PATIENCE_S)
+
+    def forget(self) -> None:
+        """A measurement begins."""
+        super().forget()
+        del self.targets[:-1]
+
+    def moved_at_ns(self) -> list[int]:
+        """Ends of steps that moved, and changes of the target."""
+        changes = [after.time_ns for before, after in self._steps() if not np.array_equal(before.pose, after.pose)]
+        return super().moved_at_ns() + changes
+
+    def count_outside(self) -> int:
+        """Also: targets outside the box, or further apart than the arm may go in the ticks between them."""
+        lower, upper = self.config.motion.box
+        outside = 0
+        for target in self.targets:
+            coordinates = world_to_coordinates(target.pose, self.config)
+            outside += target.streaming and not ((coordinates >= lower - TOLERANCE) & (coordinates <= upper + TOLERANCE)).all()
+        return super().count_outside() + outside + sum(not self._may_follow(before, after) for before, after in self._steps())
+
+    def set_fault(self, fault: str) -> None:
+        """Make something go wrong at the robot, or well again ('none')."""
+        value = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=fault)
+        request = SetParameters.Request(parameters=[ParameterMessage(name="fault", value=value)])
+        response = self.call("fake_fr3/set_parameters", SetParameters, request)
+        assert response.results[0].successful, response.results[0].reason
+
+    def mend_everything(self) -> None:
+        """Also the robot."""
+        super().mend_everything()
+        self.set_fault("none")
+
+    def _steps(self) -> list[tuple[Target, Target]]:
+        """Targets that follow each other while the robot is commanded."""
+        return [(before, after) for before, after in pairwise(self.targets) if before.streaming and after.streaming]
+
+    def _may_follow(self, before: Target, after: Target) -> bool:
+        """Whether the ticks between two targets can account for the way between them: the one before the first may still be answered."""
+        ticks = 1 + sum(before.time_ns < sent.time_ns < after.time_ns for sent in self.sent)
+        limits, span_s = self.config.motion, ticks * self.contract.step_s
+        way_m, turn_rad = np.linalg.norm(after.pose[:3] - before.pose[:3]), angle_between(after.pose, before.pose)
+        return bool(way_m <= limits.max_speed_m_s * span_s + TOLERANCE and turn_rad <= limits.max_speed_rad_s * span_s + TOLERANCE)
+
+    def _is_home(self) -> bool:
+        return bool(np.abs(self.joints - self.config.home_joints_rad).max() < self.HOME_RAD)
+
+    def _take_executed(self, message: ExecutedAction, info: dict) -> None:
+        self.sent.append(Sent(info["source_timestamp"], to_ns(message.header.stamp), np.array(message.action, np.float32), False))
+
+    def _take_pose(self, message: PoseStamped) -> None:
+        self.measured[to_ns(message.header.stamp)] = from_pose(message)
+
+    def _take_target(self, message: PoseStamped, info: dict) -> None:
+        """While the robot holds itself, the target that is published is the measured pose."""
+        measured = self.measured.pop(to_ns(message.header.stamp), None)
+        pose = from_pose(message)
+        self.targets.append(Target(info["source_timestamp"], pose, measured is None or not np.array_equal(measured, pose)))
+
+    def _take_joints(self, message: JointState) -> None:
+        self.joints = np.array(message.position[:7])
 
 
 def count_outside(sent: list[Sent]) -> int:
@@ -332,121 +530,7 @@ def count_outside(sent: list[Sent]) -> int:
     return outside
 
 
-# -- the faults ------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One way to go wrong. states: one of which the controller must show; holds: whether the arm must come to rest."""
-
-    name: str
-    inject: Callable[[SimulationRig], object]
-    states: tuple[str, ...] = ("HOLD", "FAULT")
-    mended_by: str = ""
-    holds: bool = True
-    controller_lives: bool = True
-    watch_s: float = 1.5  # how long is watched after the state has shown
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def set_actions(message: ActionChunk, actions: np.ndarray) -> list[ActionChunk]:
-    """The chunk with other actions [H, A]; an empty one ends its stream and stays."""
-    if message.horizon:
-        message.horizon, message.action_dim = actions.shape
-        message.actions = to_float32(actions)
-    return [message]
-
-
-def poison(message: ActionChunk) -> list[ActionChunk]:
-    """NaN in one action and infinity in another."""
-    actions = np.zeros((4, 7), np.float32)
-    actions[1, 2], actions[2, 0] = np.nan, np.inf
-    return set_actions(message, actions)
-
-
-def shift(message: object, seconds: float) -> list[object]:
-    """The message with another stamp."""
-    message.header.stamp = to_time(to_ns(message.header.stamp) + round(seconds * 1e9))
-    return [message]
-
-
-def freeze() -> Change:
-    """Every picture becomes the first one."""
-    first: list[Image] = []
-
-    def repeat(message: Image) -> list[Image]:
-        first.append(message)
-        message.data = first[0].data
-        return [message]
-
-    return repeat
-
-
-def cut_network(rig: SimulationRig) -> None:
-    """Nothing passes any more."""
-    for topic in WIRE:
-        rig.change(topic, lambda message: [])
-
-
-def intrude(rig: SimulationRig) -> None:
-    """A second node sends chunks that the gate would take: the right contract, checkpoint and time, full speed."""
-    publisher = rig.add_publisher("intruder")
-
-    def send_twice(message: ActionChunk) -> list[ActionChunk]:
-        copy = ActionChunk(checkpoint_id=message.checkpoint_id, contract_id=message.contract_id, step_period=message.step_period)
-        copy.header = message.header
-        publisher.publish(set_actions(replace_horizon(copy), np.full((4, 7), 1.0, np.float32))[0])
-        return [message]
-
-    rig.change("action_chunk", send_twice)
-
-
-def replace_horizon(message: ActionChunk) -> ActionChunk:
-    """Mark a chunk as one that is not empty."""
-    message.horizon = 1
-    return message
-
-
-FAULTS = (
-    Fault("policy killed", lambda rig: rig.signal("policy", signal.SIGKILL), mended_by="policy started again"),
-    Fault("policy hung", lambda rig: rig.signal("policy", signal.SIGSTOP), mended_by="policy goes on"),
-    Fault("encoder killed", lambda rig: rig.signal("encoder", signal.SIGKILL), mended_by="encoder started again"),
-    Fault("camera frozen", lambda rig: rig.change("camera/static/image_raw", freeze()), mended_by="pictures change again"),
-    Fault("camera unplugged", lambda rig: rig.change("camera/static/image_raw", lambda message: []), mended_by="pictures come again"),
-    Fault("NaN or infinite action", lambda rig: rig.change("action_chunk", poison), mended_by="finite actions"),
-    Fault(
-        "huge action",
-        lambda rig: rig.change("action_chunk", lambda message: set_actions(message, np.full((4, 7), 1e6, np.float32))),
-        mended_by="actions near [-1, 1]",
-    ),
-    Fault("action from the past", lambda rig: rig.change("action_chunk", lambda m: shift(m, -2.0)), mended_by="fresh chunks"),
-    Fault(
-        "chunk of the wrong shape",
-        lambda rig: rig.change("action_chunk", lambda message: set_actions(message, np.zeros((4, 6), np.float32))),
-        mended_by="chunks of 7 numbers",
-    ),
-    Fault("clock jump", lambda rig: rig.change("sim/state", lambda message: shift(message, 5.0)), mended_by="the clock is right again"),
-    Fault("network cut", cut_network, states=("HOLD", "FAULT", "DISCONNECTED"), mended_by="the network is back"),
-    Fault("user stop", lambda rig: rig.call("controller/stop"), states=("USER_STOPPED",)),
-    Fault(
-        "controller killed",
-        lambda rig: rig.signal("franka_controller", signal.SIGKILL),
-        states=("ACTIVE",),
-        mended_by="controller started again",
-        controller_lives=False,
-    ),
-    Fault(
-        "bridge killed", lambda rig: rig.signal("calvin_bridge", signal.SIGKILL), states=("DISCONNECTED",), mended_by="bridge started again"
-    ),
-    Fault("DDS peer flooding the command topic", lambda rig: rig.flood(), mended_by="the peer is gone"),
-    Fault("second publisher on the command topic", intrude, mended_by="the publisher is gone"),
-    Fault("swap during motion", lambda rig: rig.load_other(), states=("ACTIVE",), holds=False),
-)
-
-
-RIGS = {rig.BACKEND: rig for rig in (SimulationRig,)}
+RIGS = {rig.BACKEND: rig for rig in (SimulationRig, FakeFr3Rig)}
 
 
 def flood_command_topic() -> None:

@@ -5,33 +5,33 @@ Times are printed by `python benchmarks/faults.py`; here only what must hold on 
 
 import numpy as np
 import pytest
-from fault_rig import FAULTS, RIGS, Sent, count_outside, make_fault_checkpoints
+from fault_matrix import faults_of
+from fault_rig import RIGS, Sent, count_outside, make_fault_checkpoints
 from ros_support import private_graph
+
+CASES = [(backend, fault) for backend in RIGS for fault in faults_of(backend)]
 
 
 @pytest.fixture(scope="module")
-def rigs(tmp_path_factory):
-    """One running graph per backend, started when it is first asked for."""
-    started = {}
-    checkpoints = make_fault_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+def checkpoints(tmp_path_factory):
+    return make_fault_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def rig(request, checkpoints, tmp_path_factory):
+    """The running graph of one backend."""
+    if request.param == "fake-fr3":
+        pytest.importorskip("franky_sim", reason="extra [franka]")
     with private_graph():
-
-        def get(backend):
-            if backend not in started:
-                started[backend] = RIGS[backend](checkpoints, tmp_path_factory.mktemp("logs"))
-            return started[backend]
-
-        yield get
-        for rig in started.values():
-            rig.close()
+        rig = RIGS[request.param](checkpoints, tmp_path_factory.mktemp("logs"))
+        yield rig
+        rig.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("backend", RIGS)
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_the_arm_is_held_says_so_and_goes_on(rigs, fault, backend):
-    rig = rigs(backend)
+@pytest.mark.parametrize(("rig", "fault"), CASES, indirect=["rig"], ids=str)
+def test_the_arm_is_held_says_so_and_goes_on(rig, fault):
     outcome = rig.run(fault)
     assert outcome.outside == 0
     assert outcome.at_rest or not fault.holds, outcome

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diwa_interfaces.msg import ExecutedAction, Surprise
-from fault_rig import ALONG, START_X_M, Fault, SimulationRig, make_fault_checkpoints
+from fault_matrix import Fault
+from fault_rig import ALONG, START_X_M, SimulationRig, make_fault_checkpoints
 from rclpy.parameter import Parameter
 from ros_support import Probe, make_checkpoints, private_graph
 from std_srvs.srv import Trigger
