@@ -42,6 +42,7 @@ class Probe(Node):
         super().__init__("policy")
         self.contract = Contract()
         self.status: ControllerStatus | None = None
+        self.reasons: list[str] = []
         self.poses: list[np.ndarray] = []
         self.executed: list[ExecutedAction] = []
         self.joints: JointState | None = None
@@ -50,7 +51,7 @@ class Probe(Node):
         self.diagnostics: dict[str, str] = {}
         self.action: np.ndarray | None = None
         self.chunks = self.create_publisher(ActionChunk, "action_chunk", reliable(5))
-        self.create_subscription(ControllerStatus, "controller/status", lambda m: setattr(self, "status", m), LATCHED)
+        self.create_subscription(ControllerStatus, "controller/status", self.take_status, LATCHED)
         self.create_subscription(PoseStamped, "current_pose", lambda m: self.poses.append(from_pose(m)), reliable(10))
         self.create_subscription(PoseStamped, "target_pose", lambda m: setattr(self, "targets", self.targets + 1), reliable(10))
         self.create_subscription(ExecutedAction, "executed_action", self.executed.append, reliable(10))
@@ -62,6 +63,10 @@ class Probe(Node):
 
     def make_counter(self, name: str) -> Callable:
         return lambda message: self.images.update({name: self.images.get(name, 0) + 1})
+
+    def take_status(self, message: ControllerStatus) -> None:
+        self.status = message
+        self.reasons.append(message.reason)
 
     def take_diagnostics(self, message: DiagnosticArray) -> None:
         self.diagnostics.update({status.name: status.message for status in message.status})
@@ -209,9 +214,11 @@ def test_home_is_refused_while_a_policy_runs_and_goes_home_afterwards(probe: Pro
     probe.wait(lambda: not probe.trigger("home").success, "a refusal")
     probe.end_stream()
     probe.wait(lambda: probe.trigger("home").success, "the arm to be released")
+    probe.reasons.clear()
     probe.wait(lambda: probe.state == "HOLD" or "going home" in probe.status.reason, "going home")
     probe.wait(lambda: probe.state == "IDLE", "IDLE")
     assert np.array(probe.joints.position[:7]) == pytest.approx(load_home(), abs=0.05)
+    assert "the robot is silent" not in probe.reasons  # it asked for no commands on its way
 
 
 def load_home() -> list[float]:

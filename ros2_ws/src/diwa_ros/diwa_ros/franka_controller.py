@@ -265,6 +265,7 @@ class FrankaController(DiwaNode):
             self.watchdog.release()
             return False
         self.gate.clear()
+        self.tick_s = time.monotonic()  # it asks for no command, but it is not silent
         self.watchdog.impose(*condition)
         self.publish_change()
         return True
