@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Fault:
     """One way to go wrong. states: one of which the controller must show; holds: whether the arm must come to rest.
 
-    diagnostic: a check on /diagnostics that must complain as well; only: the backend that can have the fault, None for all.
+    prepare: what takes its time and comes before the motion; diagnostic: a check on /diagnostics that must complain as well;
+    only: the backend that can have the fault, None for all.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Fault:
     watch_s: float = 1.5  # how long is watched after the state has shown
     diagnostic: str = ""
     only: str | None = None
+    prepare: Callable[[Rig], object] = lambda rig: None
 
     def __str__(self) -> str:
         return self.name
@@ -171,7 +173,12 @@ FAULTS = (
         diagnostic="franka_controller: gripper",
         only="fake-fr3",
     ),
-    Fault("DDS peer flooding the command topic", lambda rig: rig.flood(), mended_by="the peer is gone"),
+    Fault(
+        "DDS peer flooding the command topic",
+        lambda rig: rig.flood(),
+        prepare=lambda rig: rig.prepare_flood(),
+        mended_by="the peer is gone",
+    ),
     Fault("second publisher on the command topic", intrude, mended_by="the publisher is gone"),
     Fault("swap during motion", lambda rig: rig.load_other(), states=("ACTIVE",), holds=False),
 )

@@ -8,6 +8,7 @@ What can go wrong is in fault_matrix.py; here is what it goes wrong with: the gr
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -41,8 +42,8 @@ from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from diwa_core.contract import Contract
-from diwa_core.control.robot_config import load_robot_config
-from diwa_core.control.target import angle_between, world_to_coordinates
+from diwa_core.control.robot_config import RobotConfig, load_robot_config
+from diwa_core.control.target import world_to_coordinates, wrap
 from diwa_core.policy.diffusion import PolicyConfig
 from diwa_core.policy.store import save_policy
 from diwa_core.world_model.filter import save_world_model
@@ -233,10 +234,17 @@ class Rig(ABC):
         self.nodes.append(node)
         return node.create_publisher(ActionChunk, "action_chunk", reliable(5))
 
+    def prepare_flood(self) -> None:
+        """Another process that is ready to publish chunks as fast as it can."""
+        words = [sys.executable, __file__]
+        self.extra.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
+        watch = select.poll()
+        watch.register(self.extra[-1].stdout, select.POLLIN)
+        assert self._wait(lambda: bool(watch.poll(0)), PATIENCE_S), "the flooding process did not start"
+
     def flood(self) -> None:
-        """Another process that publishes chunks as fast as it can; returns once it does."""
-        self.extra.append(subprocess.Popen([sys.executable, __file__], start_new_session=True))
-        self.probe.until(lambda: self.probe.node.count_publishers("action_chunk") > 1, PATIENCE_S)
+        """Let it publish."""
+        self.extra[-1].stdin.close()
 
     def load_other(self) -> LoadPolicy.Response:
         """Swap another checkpoint of the running skill in."""
@@ -296,7 +304,12 @@ class Rig(ABC):
         heard = len(self.statuses)
         begin_ns = time.time_ns()
         fault.inject(self)
-        self._wait(lambda: self.state in fault.states and self._complaint(fault) is not None, PATIENCE_S)
+
+        def shows() -> bool:
+            states = {self.state, *(status.state_name for _, status in self.statuses[heard:])}
+            return not states.isdisjoint(fault.states) and self._complaint(fault) is not None
+
+        self._wait(shows, PATIENCE_S)
         self.probe.spin(fault.watch_s)
         end_ns = time.time_ns()
         moved_at_ns = self.moved_at_ns()
@@ -320,10 +333,12 @@ class Rig(ABC):
     def run(self, fault: Fault, attempts: int = 1) -> Outcome:
         """Bring the arm to motion, measure the fault, mend it and bring the arm to motion again."""
         self.mend_everything()
+        fault.prepare(self)
         self.bring_to_motion(attempts)
         outcome = self.measure(fault)
         self.mend_everything()
         outcome.resumed_by = "; ".join(filter(None, (fault.mended_by, self.bring_to_motion(attempts))))
+        assert self._wait(lambda: not self._complaint(fault), PATIENCE_S), f"still: {self._complaint(fault)}"
         return outcome
 
     def _complaint(self, fault: Fault) -> str | None:
@@ -400,12 +415,17 @@ class SimulationRig(Rig):
 
 
 @dataclass
-class Target:
-    """A pose of the hand [6] as the controller commands it: when by its clock, and whether the robot is being commanded at all."""
+class Place:
+    """Where the hand is to be and where it is, poses [6], by the controller's clock. A robot that holds itself is to be where it is."""
 
     time_ns: int
-    pose: np.ndarray
-    streaming: bool
+    target: np.ndarray
+    measured: np.ndarray
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the robot is being commanded."""
+        return not np.array_equal(self.target, self.measured)
 
 
 class FakeFr3Rig(Rig):
@@ -413,8 +433,9 @@ class FakeFr3Rig(Rig):
 
     No topic carries commands to that robot. What moves it is heard from the controller: executed_action, timed when the step is over,
     which is one step later than the simulation's command is sent; and target_pose, each change of which is a command too: of a step that
-    a stopped robot cut off it is the only trace. Executed actions that move nothing count as holds whatever their source says, because
-    their source is unknown to the controller after a late tick. Both are also what is held against the limits.
+    a stopped robot cut off it is the only trace. Whether an executed action moves is read from its numbers, not from its source, which
+    the controller does not know after a late tick. Both are also what is held against the limits. Where the hand is measured tells
+    nothing about time: on a busy machine the simulated arm lives slower than the clock and is still on its way to where it was sent.
     """
 
     BACKEND = "fake-fr3"
@@ -432,7 +453,7 @@ class FakeFr3Rig(Rig):
         values |= {"address": self.ADDRESS, "connect_timeout_s": 3.0, "gripper": values["gripper"] | {"timeout_s": 1.0}}
         path = self.log_folder / "robot.yaml"
         path.write_text(yaml.safe_dump(values))
-        self.config, self.contract = load_robot_config(path), Contract()
+        self.config = load_robot_config(path)
         arguments = {"checkpoint": str(self.checkpoints), "commands_from": self.probe_name, "real": True, "robot": "fake-fr3"}
         processes = load_graph("deploy").resolve(arguments)
         for process in processes:
@@ -442,8 +463,8 @@ class FakeFr3Rig(Rig):
 
     def listen(self) -> None:
         """Subscribe to what the controller did and where it wants the hand."""
-        self.measured: dict[int, np.ndarray] = {}  # by stamp
-        self.targets: list[Target] = []
+        self.measured: dict[int, np.ndarray] = {}  # poses whose target has not come yet, by stamp
+        self.places: list[Place] = []
         self.joints = np.full(7, np.nan)
         listen = self.probe.node.create_subscription
         listen(ExecutedAction, "executed_action", self._take_executed, reliable(50))
@@ -462,21 +483,16 @@ class FakeFr3Rig(Rig):
     def forget(self) -> None:
         """A measurement begins."""
         super().forget()
-        del self.targets[:-1]
+        del self.places[:-1]
 
     def moved_at_ns(self) -> list[int]:
         """Ends of steps that moved, and changes of the target."""
-        changes = [after.time_ns for before, after in self._steps() if not np.array_equal(before.pose, after.pose)]
+        changes = [after.time_ns for before, after in list_steps(self.places) if not np.array_equal(before.target, after.target)]
         return super().moved_at_ns() + changes
 
     def count_outside(self) -> int:
-        """Also: targets outside the box, or further apart than the arm may go in the ticks between them."""
-        lower, upper = self.config.motion.box
-        outside = 0
-        for target in self.targets:
-            coordinates = world_to_coordinates(target.pose, self.config)
-            outside += target.streaming and not ((coordinates >= lower - TOLERANCE) & (coordinates <= upper + TOLERANCE)).all()
-        return super().count_outside() + outside + sum(not self._may_follow(before, after) for before, after in self._steps())
+        """Also targets."""
+        return super().count_outside() + count_targets_outside(self.places, self.sent, self.config)
 
     def set_fault(self, fault: str) -> None:
         """Make something go wrong at the robot, or well again ('none')."""
@@ -490,17 +506,6 @@ class FakeFr3Rig(Rig):
         super().mend_everything()
         self.set_fault("none")
 
-    def _steps(self) -> list[tuple[Target, Target]]:
-        """Targets that follow each other while the robot is commanded."""
-        return [(before, after) for before, after in pairwise(self.targets) if before.streaming and after.streaming]
-
-    def _may_follow(self, before: Target, after: Target) -> bool:
-        """Whether the ticks between two targets can account for the way between them: the one before the first may still be answered."""
-        ticks = 1 + sum(before.time_ns < sent.time_ns < after.time_ns for sent in self.sent)
-        limits, span_s = self.config.motion, ticks * self.contract.step_s
-        way_m, turn_rad = np.linalg.norm(after.pose[:3] - before.pose[:3]), angle_between(after.pose, before.pose)
-        return bool(way_m <= limits.max_speed_m_s * span_s + TOLERANCE and turn_rad <= limits.max_speed_rad_s * span_s + TOLERANCE)
-
     def _is_home(self) -> bool:
         return bool(np.abs(self.joints - self.config.home_joints_rad).max() < self.HOME_RAD)
 
@@ -511,10 +516,9 @@ class FakeFr3Rig(Rig):
         self.measured[to_ns(message.header.stamp)] = from_pose(message)
 
     def _take_target(self, message: PoseStamped, info: dict) -> None:
-        """While the robot holds itself, the target that is published is the measured pose."""
         measured = self.measured.pop(to_ns(message.header.stamp), None)
-        pose = from_pose(message)
-        self.targets.append(Target(info["source_timestamp"], pose, measured is None or not np.array_equal(measured, pose)))
+        if measured is not None:
+            self.places.append(Place(info["source_timestamp"], from_pose(message), measured))
 
     def _take_joints(self, message: JointState) -> None:
         self.joints = np.array(message.position[:7])
@@ -530,15 +534,37 @@ def count_outside(sent: list[Sent]) -> int:
     return outside
 
 
+def list_steps(places: list[Place]) -> list[tuple[Place, Place]]:
+    """Places that follow each other while the robot is commanded."""
+    return [(before, after) for before, after in pairwise(places) if before.streaming and after.streaming]
+
+
+def count_targets_outside(places: list[Place], sent: list[Sent], config: RobotConfig) -> int:
+    """Targets outside the box, or further from the one before than the arm may go in the ticks between them."""
+    (lower, upper), limits, outside = config.motion.box, config.motion, 0
+    for place in filter(lambda place: place.streaming, places):
+        coordinates = world_to_coordinates(place.target, config)
+        outside += not ((coordinates >= lower - TOLERANCE) & (coordinates <= upper + TOLERANCE)).all()
+    for before, after in list_steps(places):
+        ticks = 1 + sum(before.time_ns < command.time_ns < after.time_ns for command in sent)  # the tick before may still be answered
+        span_s = ticks * Contract().step_s
+        way = after.target - before.target
+        way_m, turn_rad = np.linalg.norm(way[:3]), np.linalg.norm(wrap(way[3:]))
+        outside += not (way_m <= limits.max_speed_m_s * span_s + TOLERANCE and turn_rad <= limits.max_speed_rad_s * span_s + TOLERANCE)
+    return outside
+
+
 RIGS = {rig.BACKEND: rig for rig in (SimulationRig, FakeFr3Rig)}
 
 
 def flood_command_topic() -> None:
-    """What the flooding process does: valid-looking chunks without a pause, until it is killed."""
+    """What the flooding process does: valid-looking chunks without a pause, from the end of its input until it is killed."""
     import rclpy
 
     rclpy.init()
     node = rclpy.create_node("flood")
+    print("ready", flush=True)
+    sys.stdin.read()
     publisher = node.create_publisher(ActionChunk, "action_chunk", reliable(5))
     message = ActionChunk(checkpoint_id="f" * 64, contract_id=Contract().identity, horizon=4, action_dim=7)
     message.actions = to_float32(np.ones((4, 7)))

@@ -52,6 +52,7 @@ def train_constant(config: PolicyConfig, action: np.ndarray, updates: int = 400)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    torch.nn.init.zeros_(policy.base.feature_layer.weight)  # untrained: what it would see is noise
     return policy
 
 
