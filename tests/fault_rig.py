@@ -54,7 +54,7 @@ from diwa_ros.up import GraphRunner
 
 SKILL = "open_drawer"
 ALONG = np.array([0.25, 0, 0, 0, 0, 0, -1], dtype=np.float32)  # 5 mm a step to the right: long enough a way, and no camera stands still
-START_X_M = -0.4
+START_X_M = -0.18  # in sight of the cameras, so that a frozen one can be told from one that sees nothing move
 MOVING = 1e-3  # of an action: less is noise
 REST_NS = 500_000_000  # without a moving command: the arm rests
 TOLERANCE = 1e-6  # m and rad, of sums of rounded numbers
@@ -401,7 +401,7 @@ class SimulationRig(Rig):
         self.probe.node.create_subscription(RobotCommand, "sim/command", self._take_command, reliable(50))
 
     def reset(self) -> bool:
-        """The hand to the left, above the table."""
+        """The hand to the left, above the table and in sight."""
         state = np.zeros(39)
         state[:6], state[14] = (START_X_M, -0.2, 0.6, np.pi, 0, np.pi / 2), -1.0
         state[21:] = np.reshape([[-0.3 + 0.25 * index, -0.05, 0.46, 0, 0, 0] for index in range(3)], -1)

@@ -227,7 +227,7 @@ def calibrate_on_motion(checkpoints, path):
     pose = np.array([START_X_M, -0.2, 0.6, np.pi, 0, np.pi / 2])
     blocks = np.array([[-0.3 + 0.25 * index, -0.05, 0.46, 0, 0, 0] for index in range(3)])
     table.reset(options={"state": SceneState(tcp_pose=pose, gripper=-1.0, blocks=blocks)})
-    for frame in range(150):
+    for frame in range(100):  # half a metre: as far as nothing is in the way
         latent_filter.update(table.observation(), ALONG if frame else None)
         residuals.append(loops.compare(latent_filter.action, latent_filter.embedding, latent_filter.state)[0])
         table.apply(ALONG)
