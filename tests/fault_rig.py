@@ -448,7 +448,7 @@ class FakeFr3Rig(Rig):
     HOME_RAD = 0.05  # how near to its home joints the arm is at home
 
     def describe(self) -> list[Process]:
-        """The processes of the graph. The robot has an address of its own; its gripper is reported before the arm has come to its box."""
+        """The processes of the graph. The robot has an address of its own; a stuck gripper is reported while there is room to move."""
         values = yaml.safe_load((config_folder() / "fake_fr3.yaml").read_text())
         values |= {"address": self.ADDRESS, "connect_timeout_s": 3.0, "gripper": values["gripper"] | {"timeout_s": 1.0}}
         path = self.log_folder / "robot.yaml"
@@ -563,11 +563,12 @@ def flood_command_topic() -> None:
 
     rclpy.init()
     node = rclpy.create_node("flood")
+    message = ActionChunk(checkpoint_id="f" * 64, contract_id=Contract().identity, horizon=4, action_dim=7)
+    message.actions = to_float32(np.ones((4, 7)))
+    node.create_publisher(ActionChunk, "elsewhere", reliable(5)).publish(message)  # the first one takes its time
     print("ready", flush=True)
     sys.stdin.read()
     publisher = node.create_publisher(ActionChunk, "action_chunk", reliable(5))
-    message = ActionChunk(checkpoint_id="f" * 64, contract_id=Contract().identity, horizon=4, action_dim=7)
-    message.actions = to_float32(np.ones((4, 7)))
     while True:
         message.header.stamp = node.get_clock().now().to_msg()
         publisher.publish(message)
