@@ -10,11 +10,18 @@ from queue import SimpleQueue
 from rclpy.node import Node
 from rclpy.task import Future
 
+from diwa_core.realtime import come_first
+
 NICENESS = 10
 
 
 def step_back() -> None:
-    """Leave the cores to the graph: this holds for the calling thread alone."""
+    """Leave the cores to the graph: this holds for the calling thread alone.
+
+    Beside a node with a real-time priority it keeps the lowest of those: while it holds Python's lock, the node waits for it.
+    """
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        come_first(1)
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
