@@ -498,10 +498,10 @@ class Simulation:
     def state(self):
         return self.statuses[-1].state_name if self.statuses else ""
 
-    def tick(self, action=None, first=False):
+    def tick(self, action=None, first=False, late=0.0):
         self.n += 1
         state = SimState(tick=self.n, applied_action=hold_action(1.0) if action is None else action, first_of_episode=first)
-        state.header.stamp, state.applied_is_hold = to_time(self.n * STEP), action is None
+        state.header.stamp, state.applied_is_hold = to_time(round((self.n + late) * STEP)), action is None
         self.states.publish(state)
 
     def chunk(self, actions=None, contract_id=CONTRACT.identity, n=None, checkpoint_id="p" * 64, shape=None):
@@ -529,6 +529,14 @@ def test_controller_answers_each_tick_once_with_clamped_actions(simulation):
     assert to_ns(executed.header.stamp) == (simulation.n - 1) * STEP and executed.checkpoint_id == "p" * 64
     assert to_ns(executed.observation_stamp) == (simulation.n - 1) * STEP and executed.clamps == ExecutedAction.CLAMP_RANGE
     assert simulation.state == "ACTIVE"
+
+
+def test_what_a_late_tick_executed_is_still_the_policys(simulation):
+    simulation.chunk()
+    simulation.probe.until(lambda: len(simulation.commands) == 1)
+    simulation.tick(action=np.full(7, 0.5, np.float32), late=0.4)
+    simulation.probe.until(lambda: to_ns(simulation.executed[-1].header.stamp) > (simulation.n - 1) * STEP)
+    assert simulation.executed[-1].source == ExecutedAction.SOURCE_POLICY
 
 
 def test_what_the_operator_did_is_told_from_what_a_policy_did(simulation):

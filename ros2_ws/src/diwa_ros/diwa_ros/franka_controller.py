@@ -185,8 +185,9 @@ class FrankaController(DiwaNode):
         self.executed_publisher.publish(message)
 
     def sent_from(self, start_ns: int) -> Command | None:
-        """The command of the step that began at `start_ns`."""
-        return next((command for stamp, command in self.sent.items() if abs(stamp - start_ns) <= self.step_ns // 4), None)
+        """The command of the step that began at `start_ns`, or nearest to that: ticks of a robot come as evenly as its host allows."""
+        stamp_ns = min(self.sent, key=lambda sent_ns: abs(sent_ns - start_ns), default=None)
+        return self.sent[stamp_ns] if stamp_ns is not None and 2 * abs(stamp_ns - start_ns) < self.step_ns else None
 
     # -- the policy --------------------------------------------------------------------------------------------------------------------
 
