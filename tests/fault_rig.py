@@ -434,7 +434,7 @@ class FakeFr3Rig(Rig):
     No topic carries commands to that robot. What moves it is heard from the controller: executed_action, timed when the step is over,
     which is one step later than the simulation's command is sent; and target_pose, each change of which is a command too: of a step that
     a stopped robot cut off it is the only trace. Whether an executed action moves is read from its numbers, not from its source, which
-    the controller does not know after a late tick. Both are also what is held against the limits. Where the hand is measured tells
+    the controller does not know after a very late tick. Both are also what is held against the limits. Where the hand is measured tells
     nothing about time: on a busy machine the simulated arm lives slower than the clock and is still on its way to where it was sent.
     """
 
