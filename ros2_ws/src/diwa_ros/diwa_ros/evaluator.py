@@ -179,8 +179,11 @@ class GraphEvaluator:
             raise GateError(f"policy/load refused {path}: {response.message}")
         return response.checkpoint_id
 
-    def run_episode(self, episode: GraphEpisode) -> GraphResult:
-        """Reset, run, judge. Raises SetupError when the graph is not there, DataError when it refuses or does not answer."""
+    def run_episode(self, episode: GraphEpisode, tail_steps: int = 0) -> GraphResult:
+        """Reset, run, judge; after a success the policy goes on for `tail_steps`, within the cap.
+
+        Raises SetupError when the graph is not there, DataError when it refuses or does not answer.
+        """
         self.wait_ready()
         self._reset(episode)
         begin_s = time.monotonic()
@@ -191,7 +194,7 @@ class GraphEvaluator:
             raise DataError(f"run_skill was refused: {self.policy.detail}")
         ended = handle.get_result_async()
         limit_s = self.timeout_s + 1.0 * episode.max_steps
-        if not self._spin_until(lambda: ended.done() or self._judge(episode.max_steps) is not None, limit_s):
+        if not self._spin_until(lambda: ended.done() or self._is_over(episode.max_steps, tail_steps), limit_s):
             raise DataError(f"run_skill: expected an end within {limit_s:.0f} s, found none. Controller: {self.controller.reason}")
         if not ended.done():
             self._await(handle.cancel_goal_async(), "cancel")
@@ -223,6 +226,14 @@ class GraphEvaluator:
             if 0 < steps <= max_steps and self.oracle.success(scene):
                 return steps
         return None
+
+    def _is_over(self, max_steps: int, tail_steps: int) -> bool:
+        """Whether the frame that is `tail_steps` after a success, or that of the cap, has come."""
+        success_steps = self._judge(max_steps)
+        if success_steps is None:
+            return False
+        last_ns = self.log.first_ns + min(success_steps + tail_steps, max_steps) * self.step_ns
+        return max(self.log.scenes) >= last_ns - self.step_ns // 2
 
     def _conclude(self, episode: GraphEpisode, result: RunSkill.Result, wall_s: float) -> GraphResult:
         log = self.log

@@ -27,6 +27,7 @@ from std_srvs.srv import Trigger
 from diwa_core.contract import Contract
 from diwa_core.data.bag_format import DISCARD, FAILURE, OUTCOMES, SUCCESS
 from diwa_core.errors import DataError, DiwaError, GateError, SetupError
+from diwa_core.evaluate.rollout import AFTER_SUCCESS
 from diwa_core.evaluate.start_overlay import StartRenderer, draw_overlay, start_error, write_picture
 from diwa_core.evaluate.trial_journal import BY_OPERATOR, BY_ORACLE, ROBOT, SIMULATION, TrialRow
 from diwa_core.evaluate.trial_run import Assignment, Seen, check_identity
@@ -208,17 +209,18 @@ class SimulationTrials(GraphTrials):
         self.swap(assignment)
         self.tap.begin()
         self.controller.begin()
-        result = self.client.run_episode(GraphEpisode(trial.skill, trial.index, plan.split, 0, trial.noise_seed, plan.max_steps))
+        episode = GraphEpisode(trial.skill, trial.index, plan.split, 0, trial.noise_seed, plan.max_steps)
+        result = self.client.run_episode(episode, AFTER_SUCCESS)  # the classifier was calibrated on episodes that end so
         check_identity(assignment, result.checkpoint_id)
         row.oracle, row.steps, row.message = result.success, result.steps, result.message
         self.spin(lambda: self.controller.state == "IDLE", LAST_FRAME_S)
         self.controller.fill(row)
         row.latency_ms = self.tap.latencies_ms()
-        episode = self.client.episode_number
-        if not self.spin(lambda: self.tap.has_frames(episode, result.steps), self.client.timeout_s):
+        number, steps = self.client.episode_number, min(result.steps + AFTER_SUCCESS * result.success, plan.max_steps)
+        if not self.spin(lambda: self.tap.has_frames(number, steps), self.client.timeout_s):
             row.message += "; not every frame arrived, so the classifier did not judge"
             return Seen([], [])
-        recording = self.tap.recording(episode, result.steps)
+        recording = self.tap.recording(number, steps)
         return Seen(recording.images[self.contract.images[0].name], recording.features)
 
 
@@ -439,7 +441,7 @@ class RobotTrials(GraphTrials):
 
         def is_over() -> bool:
             self._read_keys()
-            return ended.done() or bool(self.mark) or (self.unattended and self._first_success(self.log, plan.max_steps) is not None)
+            return ended.done() or bool(self.mark) or (self.unattended and self._has_shown(plan.max_steps))
 
         self.until(is_over, "the end of the trial", self.client.timeout_s + 1.0 * plan.max_steps)
         if not ended.done():
@@ -500,6 +502,13 @@ class RobotTrials(GraphTrials):
         if not response.success:
             raise DataError(f"recorder/stop: {response.message}")
         return str(Path(response.bag).absolute())
+
+    def _has_shown(self, max_steps: int) -> bool:
+        """Whether the oracle has seen success, and AFTER_SUCCESS steps have followed for the classifier."""
+        steps = self._first_success(self.log, max_steps)
+        if steps is None:
+            return False
+        return max(self.log.scenes) >= self.log.first_ns + min(steps + AFTER_SUCCESS, max_steps) * self.step_ns - self.step_ns // 2
 
     def _first_success(self, log: TrialLog, max_steps: int) -> int | None:
         """Policy steps until the oracle's first success."""
