@@ -341,7 +341,7 @@ class FrankaArm:
     def _recover(self) -> None:
         """The robot's automatic error recovery, once, because somebody asked for it."""
         self._enter(Phase.RECOVERING, "recovering from a reflex")
-        self.recoveries, refusal = self.recoveries + 1, "the robot is still not idle"
+        self.recoveries, refusal = self.recoveries + 1, ""
         try:
             self._robot.recover_from_errors()  # says whether errors show in the state before it: only a newer state tells
         except Exception as error:
@@ -350,16 +350,16 @@ class FrankaArm:
         end_s = time.monotonic() + RECOVER_S
         self._forget_motion()  # until its error has been told, the library gives the state in which the motion ended
         self._read_state()
-        while self.state.mode == "Reflex" and time.monotonic() < end_s:
+        while not refusal and self.state.mode == "Reflex" and time.monotonic() < end_s:
             time.sleep(RECOVER_POLL_S)
             self._forget_motion()
             self._read_state()
-        if self.state.mode in ("Idle", "Move"):
+        if not refusal and self.state.mode in ("Idle", "Move"):
             self._forget_motion()
             self._aim = None
             self._enter(Phase.READY, "ready")
         else:
-            self._enter(Phase.REFLEX, f"recovery was refused ({refusal}); recover in Desk")
+            self._enter(Phase.REFLEX, f"recovery was refused ({refusal or 'the robot is still not idle'}); recover in Desk")
 
     def _forget_motion(self) -> None:
         """The motion that was cut off may still have an error to tell."""

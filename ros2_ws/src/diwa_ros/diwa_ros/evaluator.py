@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import rclpy
@@ -81,6 +82,30 @@ class _Log:
     features: dict[int, np.ndarray] = field(default_factory=dict)
     first_ns: int | None = None  # first policy step
     world_model_id: str = ""
+
+
+class EpisodeLog(Protocol):
+    """Ticks of an episode. first_ns: stamp of the first policy step; scenes: scene_obs by stamp."""
+
+    first_ns: int | None
+    scenes: dict[int, np.ndarray]
+
+
+def first_success(log: EpisodeLog, oracle: SkillOracle | None, step_ns: int, max_steps: int) -> int | None:
+    """Policy steps until the oracle's first success, None while there is none within `max_steps`."""
+    if log.first_ns is None or oracle is None:
+        return None
+    for stamp_ns, scene in log.scenes.items():
+        steps = round((stamp_ns - log.first_ns) / step_ns)
+        if 0 < steps <= max_steps and oracle.success(scene):
+            return steps
+    return None
+
+
+def has_succeeded(log: EpisodeLog, oracle: SkillOracle | None, step_ns: int, max_steps: int, tail_steps: int) -> bool:
+    """Whether the oracle has seen success, and `tail_steps` more, or the cap, have come."""
+    steps = first_success(log, oracle, step_ns, max_steps)
+    return steps is not None and round((max(log.scenes) - log.first_ns) / step_ns) >= min(steps + tail_steps, max_steps)
 
 
 class GraphEvaluator:
@@ -194,7 +219,11 @@ class GraphEvaluator:
             raise DataError(f"run_skill was refused: {self.policy.detail}")
         ended = handle.get_result_async()
         limit_s = self.timeout_s + 1.0 * episode.max_steps
-        if not self._spin_until(lambda: ended.done() or self._is_over(episode.max_steps, tail_steps), limit_s):
+
+        def is_over() -> bool:
+            return ended.done() or has_succeeded(self.log, self.oracle, self.step_ns, episode.max_steps, tail_steps)
+
+        if not self._spin_until(is_over, limit_s):
             raise DataError(f"run_skill: expected an end within {limit_s:.0f} s, found none. Controller: {self.controller.reason}")
         if not ended.done():
             self._await(handle.cancel_goal_async(), "cancel")
@@ -218,22 +247,7 @@ class GraphEvaluator:
             raise DataError(f"encoder: expected a latent of the start within {self.timeout_s:g} s, found none. Controller: {state}")
 
     def _judge(self, max_steps: int) -> int | None:
-        """Policy steps until the first success, or None while there is none within `max_steps`."""
-        if self.log.first_ns is None:
-            return None
-        for stamp_ns, scene in self.log.scenes.items():
-            steps = round((stamp_ns - self.log.first_ns) / self.step_ns)
-            if 0 < steps <= max_steps and self.oracle.success(scene):
-                return steps
-        return None
-
-    def _is_over(self, max_steps: int, tail_steps: int) -> bool:
-        """Whether the frame that is `tail_steps` after a success, or that of the cap, has come."""
-        success_steps = self._judge(max_steps)
-        if success_steps is None:
-            return False
-        last_ns = self.log.first_ns + min(success_steps + tail_steps, max_steps) * self.step_ns
-        return max(self.log.scenes) >= last_ns - self.step_ns // 2
+        return first_success(self.log, self.oracle, self.step_ns, max_steps)
 
     def _conclude(self, episode: GraphEpisode, result: RunSkill.Result, wall_s: float) -> GraphResult:
         log = self.log

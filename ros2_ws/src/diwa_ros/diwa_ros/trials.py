@@ -34,7 +34,7 @@ from diwa_core.evaluate.trial_run import Assignment, Seen, check_identity
 from diwa_core.sim.skills import SkillOracle
 from diwa_core.sim.state import MAX_DELTA_M, MAX_DELTA_RAD, NEUTRAL_POSE, SceneState, wrap_angle
 from diwa_ros.demo import join_graph, wait_active, watch
-from diwa_ros.evaluator import GraphEpisode, GraphEvaluator
+from diwa_ros.evaluator import GraphEpisode, GraphEvaluator, first_success, has_succeeded
 from diwa_ros.graph import Process
 from diwa_ros.images import read_image_numpy
 from diwa_ros.messages import CAMERA, LATCHED, from_floats, from_pose, reliable, to_ns
@@ -438,16 +438,17 @@ class RobotTrials(GraphTrials):
         if not handle.accepted:
             raise DataError("run_skill was refused; the status of the policy node says why.")
         ended = handle.get_result_async()
+        judged = self.oracle, self.step_ns, plan.max_steps
 
         def is_over() -> bool:
             self._read_keys()
-            return ended.done() or bool(self.mark) or (self.unattended and self._has_shown(plan.max_steps))
+            return ended.done() or bool(self.mark) or (self.unattended and has_succeeded(self.log, *judged, AFTER_SUCCESS))
 
         self.until(is_over, "the end of the trial", self.client.timeout_s + 1.0 * plan.max_steps)
         if not ended.done():
             self.answer(handle.cancel_goal_async(), "cancel")
         result = self.answer(ended, "the result of run_skill").result
-        over = result.completed or bool(self.mark) or self._first_success(self.log, plan.max_steps) is not None
+        over = result.completed or bool(self.mark) or first_success(self.log, *judged) is not None
         if not over:
             raise DataError(f"trial {trial.number}: run_skill ended early: {result.message}. The trial is not kept.")
         return result
@@ -455,7 +456,7 @@ class RobotTrials(GraphTrials):
     def judge(self, log: TrialLog, max_steps: int, row: TrialRow) -> None:
         """Oracle where there is one, and the mark, which is waited for. Raises DataError when nobody marks."""
         if self.oracle is not None:
-            steps = self._first_success(log, max_steps)
+            steps = first_success(log, self.oracle, self.step_ns, max_steps)
             row.oracle, row.steps = steps is not None, steps or 0
         if self.unattended:
             self.mark, row.marked_by = self.mark_by_oracle(row), BY_ORACLE
@@ -502,23 +503,6 @@ class RobotTrials(GraphTrials):
         if not response.success:
             raise DataError(f"recorder/stop: {response.message}")
         return str(Path(response.bag).absolute())
-
-    def _has_shown(self, max_steps: int) -> bool:
-        """Whether the oracle has seen success, and AFTER_SUCCESS steps have followed for the classifier."""
-        steps = self._first_success(self.log, max_steps)
-        if steps is None:
-            return False
-        return max(self.log.scenes) >= self.log.first_ns + min(steps + AFTER_SUCCESS, max_steps) * self.step_ns - self.step_ns // 2
-
-    def _first_success(self, log: TrialLog, max_steps: int) -> int | None:
-        """Policy steps until the oracle's first success."""
-        if log.first_ns is None or self.oracle is None:
-            return None
-        for stamp_ns, scene in log.scenes.items():
-            steps = round((stamp_ns - log.first_ns) / self.step_ns)
-            if 0 < steps <= max_steps and self.oracle.success(scene):
-                return steps
-        return None
 
     # -- listening -----------------------------------------------------------------------------------------------------------------------
 
